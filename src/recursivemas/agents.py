@@ -1,0 +1,231 @@
+"""Agent: a frozen language model in a role. It reads a prompt with messages in it, thinks in latents, speaks text.
+
+An agent knows its model, its role and its inner link; it knows nothing of other agents, rounds or patterns.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from recursivemas.cache import LatentCache
+from recursivemas.decoding import Reply, SamplingParams, decode, decode_steps
+from recursivemas.links import RecursiveLink
+from recursivemas.models import LanguageModel
+from recursivemas.prompts import Segments, Slot
+from recursivemas.rollout import latent_rollout
+
+
+@dataclass(frozen=True)
+class Message:
+    """What reaches one reader on one edge, for a batch: latents in the reader's embedding space, text, both, or none.
+
+    In the reader's slot the latents come before the text.
+    """
+
+    latents: Float[Tensor, "batch latent_step hidden_size"] | None = None
+    texts: tuple[str, ...] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch it was sent in."""
+        return len(self.texts) if self.texts is not None else 0 if self.latents is None else len(self.latents)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A batch of prompts that an agent has read: it can think or speak from here."""
+
+    cache: LatentCache
+    state: Float[Tensor, "batch hidden_size"]
+    """Last hidden state at the last position of each prompt."""
+    prompt_tokens: list[int]
+    """Text tokens of each prompt, those read earlier (as a common prefix) included."""
+    positions: list[int]
+    """Positions that had to be read now, for each prompt."""
+
+    def select(self, rows: Int[Tensor, " row"]) -> "Reading":
+        """The reading of some rows, in the order given."""
+        chosen = rows.tolist()
+        return Reading(
+            self.cache.select(rows),
+            self.state[rows],
+            [self.prompt_tokens[row] for row in chosen],
+            [self.positions[row] for row in chosen],
+        )
+
+
+@dataclass
+class PrefixStore:
+    """Prompts up to their first slot, each read once for a batch and reused in every round."""
+
+    _readings: dict[tuple[int, tuple[str, ...]], Reading] = field(default_factory=dict)
+
+    def get(self, model: LanguageModel, prefixes: tuple[str, ...]) -> Reading:
+        """The reading of these prefixes by this model; it is made, without gradient, when first asked for."""
+        key = id(model), prefixes
+        if key not in self._readings:
+            ids = model.encode_batch(prefixes)
+            model.check_length(max(len(each) for each in ids), "the prompt")
+            input_ids, attention_mask = model.pad(ids)
+            cache = model.new_cache(len(prefixes))
+            with torch.no_grad():
+                states = model.step(cache, model.embed(input_ids), attention_mask)
+            lengths = [len(each) for each in ids]
+            self._readings[key] = Reading(cache, states[:, -1], lengths, lengths)
+            return self._readings[key]
+        known = self._readings[key]
+        return Reading(known.cache, known.state, known.prompt_tokens, [0] * len(prefixes))
+
+
+Piece = list[int] | Float[Tensor, "latent_step hidden_size"]
+
+
+class Agent:
+    """A `LanguageModel` in a role, with the inner link it thinks through."""
+
+    def __init__(self, role: str, model: LanguageModel, inner_link: RecursiveLink) -> None:
+        self.role = role
+        self.model = model
+        self.inner_link = inner_link
+
+    def read(
+        self, prompts: Sequence[Segments], inbox: Mapping[str, Message], prefixes: PrefixStore | None = None
+    ) -> Reading:
+        """Read one prompt for each row, with the messages of `inbox` (by sender) in their slots.
+
+        The text before the first slot is read once (see `PrefixStore`). What follows is composed for each row, and
+        rows whose continuations have the same form are read together, so no row is ever padded in its middle.
+        """
+        heads, tails = zip(*(_cut(prompt) for prompt in prompts), strict=True)
+        pieces = self._fill(tails, inbox)
+        if all(heads):
+            reading = (prefixes or PrefixStore()).get(self.model, heads)
+        else:
+            reading = self._nothing_read(len(prompts))
+            pieces = [
+                [ids, *row] if ids else row for ids, row in zip(self.model.encode_batch(heads), pieces, strict=True)
+            ]
+        return self._read_on(reading, pieces)
+
+    def think(self, reading: Reading, num_latent_steps: int) -> Float[Tensor, "batch latent_step hidden_size"]:
+        """Latent thoughts that follow a reading (eq. 1): the last hidden states H, before any link."""
+        longest = int(reading.cache.num_positions.max())
+        self.model.check_length(longest + num_latent_steps, f"the prompt of the {self.role}, with its thoughts,")
+        return latent_rollout(self.model, reading.cache.fork(), reading.state, self.inner_link, num_latent_steps)
+
+    def speak(self, reading: Reading, sampling: SamplingParams, keys: Sequence[str]) -> list[Reply]:
+        """Text that follows a reading. `keys` name the rows for sampling."""
+        return decode(self.model, reading.cache.fork(), reading.state, sampling, keys, self._room(reading))
+
+    def speak_steps(
+        self, reading: Reading, sampling: SamplingParams, keys: Sequence[str]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """The same token by token: (row, token id) of every row that goes on."""
+        return decode_steps(self.model, reading.cache.fork(), reading.state, sampling, keys, self._room(reading))
+
+    def loss(self, reading: Reading, texts: Sequence[str]) -> Float[Tensor, " batch"]:
+        """Cross-entropy of each row's reply, mean over its tokens (the end-of-reply token included); eq. 6."""
+        targets = [[*ids, self.model.reply_end_id] for ids in self.model.encode_batch(texts)]
+        # Rows are read together only if equally long, because padding would have to stand after the prompt.
+        losses: dict[int, Tensor] = {}
+        for rows in _group([len(target) for target in targets]).values():
+            part = reading.select(torch.tensor(rows, device=reading.state.device))
+            labels = torch.tensor([targets[row] for row in rows], device=reading.state.device)
+            states = part.state.unsqueeze(1)
+            if labels.shape[1] > 1:
+                following = self.model.step(part.cache, self.model.embed(labels[:, :-1]))
+                states = torch.cat([states, following], dim=1)
+            logits = self.model.logits(states).float()
+            each = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
+            losses.update(zip(rows, each, strict=True))
+        return torch.stack([losses[row] for row in range(len(texts))])
+
+    def _fill(self, tails: Sequence[Segments], inbox: Mapping[str, Message]) -> list[list[Piece]]:
+        """Token ids and latents of what follows the first slot, for each row; empty pieces are left out."""
+        texts = [segment for tail in tails for segment in tail if isinstance(segment, str)]
+        for message in inbox.values():
+            texts += message.texts or ()
+        ids = dict(zip(texts, self.model.encode_batch(texts), strict=True))
+        rows: list[list[Piece]] = []
+        for row, tail in enumerate(tails):
+            pieces: list[Piece] = []
+            for segment in tail:
+                if isinstance(segment, str):
+                    pieces.append(ids[segment])
+                elif segment.role in inbox:
+                    message = inbox[segment.role]
+                    if message.latents is not None:
+                        pieces.append(message.latents[row].to(self.model.device, self.model.dtype))
+                    if message.texts is not None:
+                        pieces.append(ids[message.texts[row]])
+            rows.append([piece for piece in pieces if len(piece)])
+        return rows
+
+    def _room(self, reading: Reading) -> list[int] | None:
+        """Tokens that each row's context has left; a reply that fills it is cut, and says so (`Reply.finished`)."""
+        if self.model.max_positions is None:
+            return None
+        used = reading.cache.num_positions
+        self.model.check_length(int(used.max()) + 1, f"the prompt of the {self.role}, with a reply,")
+        return (self.model.max_positions - used).tolist()
+
+    def _nothing_read(self, batch_size: int) -> Reading:
+        state = torch.zeros(batch_size, self.model.hidden_size, device=self.model.device, dtype=self.model.dtype)
+        return Reading(self.model.new_cache(batch_size), state, [0] * batch_size, [0] * batch_size)
+
+    def _read_on(self, reading: Reading, rows: list[list[Piece]]) -> Reading:
+        """Read each row's pieces after what has been read; rows of one form together, then merged."""
+        groups = _group([tuple((isinstance(piece, list), len(piece)) for piece in row) for row in rows])
+        known = reading.cache.num_positions.tolist()
+        longest = max(old + sum(len(piece) for piece in row) for old, row in zip(known, rows, strict=True))
+        self.model.check_length(longest, f"the prompt of the {self.role}")
+        parts = [self._read_group(reading, rows, group, whole=len(groups) == 1) for group in groups.values()]
+        cache = LatentCache.merge([cache for cache, _ in parts])
+        state = torch.cat([state for _, state in parts])
+        if len(groups) > 1:
+            order = torch.tensor([row for group in groups.values() for row in group]).argsort().to(state.device)
+            cache, state = cache.select(order), state[order]
+        lengths = [[len(piece) for piece in row] for row in rows]
+        in_text = [sum(len(piece) for piece in row if isinstance(piece, list)) for row in rows]
+        return Reading(
+            cache,
+            state,
+            [known + new for known, new in zip(reading.prompt_tokens, in_text, strict=True)],
+            [known + sum(new) for known, new in zip(reading.positions, lengths, strict=True)],
+        )
+
+    def _read_group(
+        self, reading: Reading, rows: list[list[Piece]], group: list[int], *, whole: bool
+    ) -> tuple[LatentCache, Tensor]:
+        chosen = torch.tensor(group, device=reading.state.device)
+        cache = reading.cache.fork() if whole else reading.cache.select(chosen)
+        if not rows[group[0]]:
+            return cache, reading.state[chosen]
+        columns = []
+        for place in range(len(rows[group[0]])):
+            column = [rows[row][place] for row in group]
+            if isinstance(column[0], list):
+                columns.append(self.model.embed(torch.tensor(column)))
+            else:
+                columns.append(torch.stack(column))  # type: ignore[arg-type]  # one form: all of them are latents
+        return cache, self.model.step(cache, torch.cat(columns, dim=1))[:, -1]
+
+
+def _cut(prompt: Segments) -> tuple[str, Segments]:
+    """The text before the first slot, and the rest."""
+    if prompt and not isinstance(prompt[0], Slot):
+        return prompt[0], prompt[1:]
+    return "", prompt
+
+
+def _group(forms: Sequence[Any]) -> dict[Any, list[int]]:
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for row, form in enumerate(forms):
+        groups[form].append(row)
+    return dict(groups)

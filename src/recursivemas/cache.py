@@ -1,0 +1,131 @@
+"""LatentCache: the keys and values a frozen model keeps of what it has read, one row a question.
+
+All differences between cache layers of the families live here. Caches are right-aligned: what a row has read ends at
+the last position, and a shorter row begins with masked positions. So caches of different lengths merge by padding on
+the left, which is exact; padding in the middle of a row is not (it is silently wrong where attention has a sliding
+window or a recurrent state), and nothing here can produce it. The cache grows without changing what it held before,
+so a fork is cheap, shares memory, and gradients flow through it; it is never cropped.
+
+Knows the cache classes of transformers; knows nothing of roles, links or text.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from recursivemas.errors import ModelError
+
+_SUPPORTED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class LatentCache:
+    """Keys and values of a batch, with the mask that says which positions are real.
+
+    `attention_mask` has the shape (batch, position); ones are real positions.
+    """
+
+    def __init__(self, past_key_values: DynamicCache, attention_mask: Int[Tensor, "batch position"]) -> None:
+        self.past_key_values = past_key_values
+        self.attention_mask = attention_mask
+
+    @classmethod
+    def new(cls, config: PretrainedConfig, batch_size: int, device: torch.device) -> "LatentCache":
+        """An empty cache for `batch_size` rows of a model with this (text) configuration.
+
+        Raises `ModelError` for a model with cache layers that cannot be forked and merged exactly.
+        """
+        past_key_values = DynamicCache(config=config)
+        for layer in past_key_values.layers:
+            if type(layer) not in _SUPPORTED_LAYERS:
+                raise ModelError(
+                    f"the cache of a {config.model_type} model has a layer of the kind {type(layer).__name__}, which "
+                    "this version cannot fork and merge exactly; choose a model with full or sliding-window attention"
+                )
+        return cls(past_key_values, torch.zeros(batch_size, 0, dtype=torch.long, device=device))
+
+    def __len__(self) -> int:
+        """Positions held, the masked ones included."""
+        return self.attention_mask.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.attention_mask.shape[0]
+
+    @property
+    def num_positions(self) -> Int[Tensor, " batch"]:
+        """Real positions of each row."""
+        return self.attention_mask.sum(dim=1)
+
+    def step(
+        self,
+        decoder: Callable[..., Any],
+        inputs_embeds: Float[Tensor, "batch position hidden_size"],
+        attention_mask: Int[Tensor, "batch position"] | None = None,
+    ) -> Float[Tensor, "batch position hidden_size"]:
+        """Feed `inputs_embeds` to `decoder` (a model without its output head) and keep what it computed.
+
+        A mask with zeros is only possible in a cache that is still empty, where the zeros stand on the left;
+        anything else would be padding in the middle. Returns the last hidden states, after the final norm.
+        """
+        if attention_mask is None:
+            attention_mask = self.attention_mask.new_ones(inputs_embeds.shape[:2])
+        elif len(self) and not bool(attention_mask.all()):
+            raise ValueError("padding in the middle of a row: feed rows of equal length together and merge the caches")
+        self.attention_mask = torch.cat([self.attention_mask, attention_mask], dim=1)
+        positions = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        output = decoder(
+            inputs_embeds=inputs_embeds,
+            attention_mask=self.attention_mask,
+            position_ids=positions.contiguous(),
+            past_key_values=self.past_key_values,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def fork(self) -> "LatentCache":
+        """A cache that goes on from here on its own. Memory is shared until one of the two grows."""
+        return self._map(lambda layer: layer)
+
+    def select(self, rows: Int[Tensor, " row"]) -> "LatentCache":
+        """The cache of some rows, in the order given (a row may come several times)."""
+
+        def pick(layer: DynamicLayer) -> DynamicLayer:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            return layer
+
+        selected = self._map(pick)
+        selected.attention_mask = self.attention_mask[rows]
+        return selected
+
+    @classmethod
+    def merge(cls, caches: Sequence["LatentCache"]) -> "LatentCache":
+        """One batch out of several: rows in the order given, shorter caches padded (and masked) on the left."""
+        if len(caches) == 1:
+            return caches[0].fork()
+        length = max(len(cache) for cache in caches)
+        merged = caches[0].fork()
+        merged.attention_mask = torch.cat(
+            [functional.pad(cache.attention_mask, (length - len(cache), 0)) for cache in caches]
+        )
+        for index, layer in enumerate(merged.past_key_values.layers):
+            parts = [cache.past_key_values.layers[index] for cache in caches]
+            held = max(part.keys.shape[-2] for part in parts)
+            layer.keys = torch.cat([functional.pad(p.keys, (0, 0, held - p.keys.shape[-2], 0)) for p in parts])
+            layer.values = torch.cat([functional.pad(p.values, (0, 0, held - p.values.shape[-2], 0)) for p in parts])
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = length
+        return merged
+
+    def _map(self, change: Callable[[Any], Any]) -> "LatentCache":
+        past_key_values = copy.copy(self.past_key_values)
+        past_key_values.layers = [change(copy.copy(layer)) for layer in self.past_key_values.layers]
+        return LatentCache(past_key_values, self.attention_mask)

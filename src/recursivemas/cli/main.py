@@ -1,0 +1,31 @@
+"""The `recursivemas` command: verbs, each in a file of its own."""
+
+import typer
+
+from recursivemas.cli import demo, eval, run, train, world
+
+app = typer.Typer(
+    name="recursivemas",
+    help="Frozen language models that hand each other hidden states instead of text.",
+    epilog="Start with: recursivemas demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("demo")(demo.demo)
+app.command("run")(run.run)
+app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
+app.command("world")(world.world)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

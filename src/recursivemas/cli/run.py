@@ -1,0 +1,217 @@
+"""`recursivemas run`: ask a question of your own."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recursivemas.cli.terminal import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    LatentSteps,
+    MaxNewTokens,
+    Seed,
+    SystemArgument,
+    Temperature,
+    TopP,
+    err,
+    print_json,
+    progress_bar,
+    reported,
+)
+from recursivemas.errors import InputError
+
+
+@reported
+def run(
+    system: SystemArgument,
+    questions: Annotated[
+        list[str] | None, typer.Argument(metavar="QUESTION...", help="What to ask; - reads stdin, one question a line.")
+    ] = None,
+    *,
+    channel: Annotated[
+        list[str] | None,
+        typer.Option(help="latent, text, both or none; for one edge: planner->critic=text (may be repeated)."),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="n: how often the pattern is gone through.")] = None,
+    latent_steps: LatentSteps = None,
+    variant: Annotated[str | None, typer.Option(help="A wording of the system's prompts.")] = None,
+    intervene: Annotated[
+        str | None, typer.Option(help="shuffled or zero: what is done to messages on their way.")
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNewTokens = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text ends before this string (may be repeated).")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write every message to DIR (JSON and safetensors).")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Take the messages of a recorded run instead of questions.")
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(metavar="ROUND:SOURCE->TARGET", help="With --replay: the last message taken; the rest is anew."),
+    ] = None,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a system your own question, and see what its agents pass on.
+
+    [bold]Example:[/bold] recursivemas run ward "$(recursivemas world ward sample -n 1)" --rounds 3 --trace runs/trace
+    """
+    from recursivemas.decoding import SamplingParams
+    from recursivemas.system import RecursiveSystem
+    from recursivemas.trace import load_traces
+
+    recorded = load_traces(replay) if replay is not None else []
+    asked = [each.question for each in recorded] or _read_questions(questions)
+    loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype)
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        max_new_tokens=max_new_tokens or loaded.settings.max_new_tokens,
+    )
+    options: dict[str, Any] = {
+        "num_rounds": rounds,
+        "num_latent_steps": latent_steps,
+        "channel": _channels(channel, loaded.pattern.edges, loaded.settings.channel),
+        "variant": variant,
+        "sampling": sampling,
+    }
+    if recorded:
+        options |= _recorded_options(recorded, until)
+    elif until is not None:
+        raise InputError("--until says where a replay stops: give --replay DIR too")
+    if len(asked) == 1 and not (as_json or trace or intervene or recorded):
+        _stream(loaded, asked[0], options)
+        return
+    if not recorded:
+        options["intervene"] = intervene
+    with progress_bar() as bar:
+        task = bar.add_task("answering", total=len(asked), note="")
+        results = loaded.run(
+            asked,
+            **options,
+            trace="full" if trace else "summary",
+            trace_dir=trace,
+            batch_size=batch_size,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done),
+        )
+    if as_json:
+        print_json([_record(question, result) for question, result in zip(asked, results, strict=True)])
+        return
+    for result in results:
+        print(result.text)
+    _tell_usage([result.usage for result in results])
+    if trace is not None:
+        err.print(f"trace written to {trace}")
+
+
+def _read_questions(questions: list[str] | None) -> list[str]:
+    if questions == ["-"]:
+        try:
+            questions = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin is not text ({error.reason} at byte {error.start})") from None
+    if not questions:
+        raise InputError("no question was given; write it in quotes after the system, or - to read from stdin")
+    for question in questions:
+        if not question.isprintable() and "\x00" in question:
+            raise InputError("the question is not text: it holds a zero byte")
+    return questions
+
+
+def _channels(given: list[str] | None, edges: tuple[str, ...], default: str) -> str | dict[str, str] | None:
+    if not given:
+        return None
+    names = [each for each in given if "=" not in each]
+    if len(names) > 1:
+        raise InputError(f"--channel names two channels for all edges: {', '.join(names)}")
+    chosen = dict.fromkeys(edges, names[0] if names else default)
+    for each in given:
+        if "=" in each:
+            edge, _, name = each.rpartition("=")
+            chosen[edge] = name
+    return chosen
+
+
+def _recorded_options(recorded: list[Any], until: str | None) -> dict[str, Any]:
+    """The settings of a recorded run, with its messages in place of the senders up to `until`."""
+    from recursivemas.decoding import SamplingParams
+    from recursivemas.interventions import Replay
+
+    settings = recorded[0].settings
+    last = None
+    if until is not None:
+        round, colon, edge = until.partition(":")
+        source, arrow, target = edge.partition("->")
+        if not (colon and arrow and round.isdigit()):
+            raise InputError(f"cannot read --until '{until}': write it as ROUND:SOURCE->TARGET")
+        last = (int(round), source.strip(), target.strip())
+    return {
+        "num_rounds": settings["num_rounds"],
+        "num_latent_steps": settings["num_latent_steps"],
+        "channel": settings["channel"],
+        "variant": settings["variant"],
+        "instructions": settings["instructions"],
+        "sampling": SamplingParams(**settings["sampling"]),
+        "intervene": Replay.from_traces(recorded, until=last),
+    }
+
+
+def _stream(system: Any, question: str, options: dict[str, Any]) -> None:
+    """Tell each turn on stderr and write the answer to stdout as it comes."""
+    from recursivemas.system import PlayedTurn, TextDelta
+
+    told = 0
+    for event in system.stream(question, **options):
+        if isinstance(event, TextDelta):
+            print(event.text, end="", flush=True)
+        elif isinstance(event, PlayedTurn):
+            for edge, message in event.messages.items():
+                steps = 0 if message.latents is None else message.latents.shape[1]
+                what = f"{steps} latents" if message.texts is None else repr(message.texts[0])
+                err.print(f"[dim]round {event.turn.round}  {edge}  {what}[/dim]", highlight=False)
+                told += 1
+        else:
+            print()
+            _tell_usage([event.usage])
+
+
+def _tell_usage(usages: list[Any]) -> None:
+    n = len(usages)
+    mean = {
+        name: sum(usage.total(name) for usage in usages) / n
+        for name in ("generated_tokens", "latent_steps", "prompt_tokens")
+    }
+    seconds = sum(usage.seconds for usage in usages) / n
+    each = " per question" if n > 1 else ""
+    err.print(
+        f"[dim]{mean['generated_tokens']:g} generated tokens, {mean['latent_steps']:g} latent steps, "
+        f"{mean['prompt_tokens']:g} prompt tokens, {1000 * seconds:.1f} ms{each}[/dim]",
+        highlight=False,
+    )
+
+
+def _record(question: str, result: Any) -> dict[str, Any]:
+    messages = [
+        {"round": each.round, "source": each.source, "target": each.target, "text": each.text, "nearest": each.nearest}
+        for each in result.trace.messages
+    ]
+    return {
+        "question": question,
+        "text": result.text,
+        "finished": result.finished,
+        "usage": result.usage.to_dict(),
+        "messages": messages,
+    }

@@ -1,0 +1,135 @@
+"""What all verbs share: options, where output goes, and how errors end a command.
+
+Results go to stdout, progress to stderr. An error that a user can cause is one line on stderr and exit code 1; Ctrl-C
+is exit code 130; no traceback is printed unless RECURSIVEMAS_TRACEBACK is set.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from recursivemas.errors import ConfigError, RecursiveMASError
+
+out = Console(soft_wrap=True)
+"""For results."""
+err = Console(stderr=True, soft_wrap=True)
+"""For progress and complaints."""
+
+SystemArgument = Annotated[
+    str, typer.Argument(metavar="SYSTEM", help="A bundled system (ward), a directory, or a Hugging Face repository.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, else the checkpoint's.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+LatentSteps = Annotated[int | None, typer.Option("--latent-steps", help="m: latent thoughts of each turn.")]
+BatchSize = Annotated[int, typer.Option(help="Questions answered together.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest text of one turn, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are sampled.")]
+TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens that together have this probability.")]
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def reported(command: Command) -> Command:
+    """Turn errors of a command into one line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            quiet_libraries()
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            complain("interrupted; what was finished is kept, and the same command goes on from there")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except RecursiveMASError as error:
+            complain(str(error))
+            raise typer.Exit(1) from None
+        except OSError as error:
+            place = f" ({error.filename})" if error.filename else ""
+            complain(f"{error.strerror or error}{place}")
+            raise typer.Exit(1) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if os.environ.get("RECURSIVEMAS_TRACEBACK"):
+                raise
+            complain(
+                f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (a fault of recursivemas; "
+                "set RECURSIVEMAS_TRACEBACK=1 to see where)"
+            )
+            raise typer.Exit(1) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def complain(message: str) -> None:
+    """One line on stderr, as it is."""
+    print(f"recursivemas: {' '.join(message.split())}", file=sys.stderr)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries do not belong on a user's terminal; they ask the environment."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def print_json(value: Any) -> None:
+    """Plain data on stdout, as JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def progress_bar() -> Progress:
+    """A progress bar on stderr; it is silent where stderr is not a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=err,
+        disable=not err.is_terminal,
+        transient=True,
+    )
+
+
+def numbers(text: str, what: str) -> list[int]:
+    """Whole numbers separated by commas: `1,2,3`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"cannot read {what} '{text}': write whole numbers separated by commas, like 1,2,3") from None
+
+
+def provenance(directory: Path | None = None) -> dict[str, str]:
+    """The command that is running and, in a git checkout, the commit it ran at."""
+    command = " ".join(["recursivemas", *sys.argv[1:]])
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            cwd=directory or Path(__file__).parent,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {"command": command}
+    return {"command": command, "commit": found.stdout.strip()} if found.returncode == 0 else {"command": command}

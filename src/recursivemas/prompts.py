@@ -1,0 +1,184 @@
+"""PromptSet: the words of a system, apart from its graph. Templates become segments of text and slots.
+
+    name: my-team
+    system: You work in a team of agents.        # optional
+    roles:
+      planner:
+        first: "{question}\nPlan:"                # in round 1
+        later: "{question}\nLast attempt: {latents:solver}\nBetter plan:"
+      critic:
+        always: "{question}\nPlan: {latents:planner}\nBetter plan:"
+      solver:
+        always: "{question}\nPlan: {latents:critic}\nThink."
+        last: "{question}\nPlan: {latents:critic}\n{instructions}\nAnswer:"    # the turn that speaks
+        solo: "{question}\n{instructions}\nAnswer:"                            # alone, without the others
+    variants:                                     # optional: words to fill in; the first variant is the default
+      short: {style: Be brief.}
+
+`{question}` and `{instructions}` (from the task) are filled in; `{latents:ROLE}` is a slot, where the message of ROLE
+goes, be it latents or text. Of the templates that fit a turn the most particular one is taken: solo, last, first,
+later, always. A template goes through the chat template of the model that reads it; what comes out is cut at the
+slots, and every piece of text is tokenised on its own, so that a prompt has the same tokens whatever fills its slots.
+
+Knows nothing of graphs, models or tensors; the chat template comes as a function.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field, model_validator
+
+from recursivemas.config import Config, parse, read_yaml
+from recursivemas.errors import ConfigError, PatternError, choose
+
+BUNDLED = Path(__file__).parent / "bundled" / "prompts"
+
+_FIELD = re.compile(r"\{([a-zA-Z_]\w*)(?::([\w-]+))?\}")
+
+
+class Slot(NamedTuple):
+    """The place in a prompt where the message of `role` goes."""
+
+    role: str
+
+
+Segments = tuple[str | Slot, ...]
+"""A prompt as its model reads it: pieces of text and slots, in order."""
+
+RenderChat = Callable[[list[dict[str, str]]], str]
+"""A chat template: messages in, one string out that ends where the model's reply begins."""
+
+
+class RolePrompts(Config):
+    """The templates of one role."""
+
+    first: str | None = None
+    later: str | None = None
+    last: str | None = None
+    always: str | None = None
+    solo: str | None = None
+
+
+class PromptSet(Config):
+    """Templates of every role, with an optional system prompt and variants (see the top of this file)."""
+
+    name: str
+    roles: dict[str, RolePrompts]
+    system: str | None = None
+    variants: dict[str, dict[str, str]] = Field(default_factory=dict)
+
+    @classmethod
+    def load(cls, source: "str | Path | dict[str, Any] | PromptSet") -> "PromptSet":
+        """A prompt set from a bundled name, a YAML file, or plain data. Raises `ConfigError` or `PatternError`."""
+        if isinstance(source, PromptSet):
+            return source
+        if isinstance(source, dict):
+            return parse(cls, source, where="prompt set")
+        path = Path(source) if Path(source).suffix in (".yaml", ".yml") else BUNDLED / f"{source}.yaml"
+        if path.parent == BUNDLED and not path.is_file():
+            raise ConfigError(choose("prompt set", str(source), [each.stem for each in BUNDLED.glob("*.yaml")]))
+        return parse(cls, read_yaml(path), where=str(path))
+
+    @model_validator(mode="after")
+    def _check(self) -> "PromptSet":
+        words = {word for variant in self.variants.values() for word in variant}
+        for name, variant in self.variants.items():
+            for word in sorted(words - variant.keys()):
+                raise PatternError(f"prompt set '{self.name}': the variant '{name}' lacks the word '{word}'")
+        for word in sorted(words & {"question", "instructions", "latents"}):
+            raise PatternError(f"prompt set '{self.name}': a variant may not redefine '{word}'")
+        for role, templates in self.roles.items():
+            for name, template in templates.model_dump(exclude_none=True).items():
+                for field, slot in _FIELD.findall(template):
+                    if slot and field != "latents":
+                        raise PatternError(
+                            f"prompt set '{self.name}', {role}.{name}: '{{{field}:{slot}}}' is not a slot; "
+                            f"write {{latents:{slot}}}"
+                        )
+                    if not slot and field not in {"question", "instructions", *words}:
+                        known = ["question", "instructions", "latents:ROLE", *words]
+                        raise PatternError(
+                            f"prompt set '{self.name}', {role}.{name}: {choose('placeholder', field, known)}"
+                        )
+        return self
+
+    def variant(self, name: str | None) -> dict[str, str]:
+        """The words of a variant; of the first one by default. Raises `ConfigError` for an unknown name."""
+        if name is None:
+            return next(iter(self.variants.values()), {})
+        if name not in self.variants:
+            raise ConfigError(choose("prompt variant", name, self.variants))
+        return self.variants[name]
+
+    def template(self, role: str, *, round: int = 1, is_last: bool = False, solo: bool = False) -> str:
+        """The template of a turn. Raises `PatternError` if the role has none that fits."""
+        if role not in self.roles:
+            raise PatternError(f"prompt set '{self.name}': " + choose("role", role, self.roles))
+        templates = self.roles[role]
+        of_round = templates.first if round == 1 else templates.later
+        fitting = [templates.solo] if solo else [templates.last if is_last else None, of_round, templates.always]
+        for template in fitting:
+            if template is not None:
+                return template
+        wanted = "solo" if solo else f"round {round}"
+        raise PatternError(
+            f"prompt set '{self.name}' has no template for the {role} ({wanted}); add `always` or `solo` to it"
+        )
+
+    def slots(self, role: str) -> set[str]:
+        """Roles whose messages some template of this role has a slot for (not counting `solo`)."""
+        if role not in self.roles:
+            raise PatternError(f"prompt set '{self.name}': " + choose("role", role, self.roles))
+        templates = self.roles[role].model_dump(exclude_none=True, exclude={"solo"}).values()
+        return {slot for template in templates for field, slot in _FIELD.findall(template) if field == "latents"}
+
+    def alone(self, role: str) -> "PromptSet":
+        """What a role reads without the others: its `solo` template, always."""
+        always = RolePrompts(always=self.template(role, solo=True))
+        return self.model_copy(update={"name": f"{self.name} (solo)", "roles": {role: always}})
+
+    def segments(
+        self,
+        role: str,
+        question: str,
+        *,
+        render_chat: RenderChat,
+        round: int = 1,
+        is_last: bool = False,
+        solo: bool = False,
+        variant: str | None = None,
+        instructions: str = "",
+    ) -> Segments:
+        """The prompt of one turn for one question, through the chat template, cut at its slots."""
+        words = {"question": question, "instructions": instructions, **self.variant(variant)}
+        template = self.template(role, round=round, is_last=is_last, solo=solo)
+        marker = _unused_marker(question + instructions + template)
+        slots: list[Slot] = []
+
+        def fill(match: re.Match[str]) -> str:
+            field, slot = match.groups()
+            if field != "latents":
+                return words[field]
+            slots.append(Slot(slot))
+            return marker
+
+        messages = [{"role": "user", "content": _FIELD.sub(fill, template)}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        pieces = render_chat(messages).split(marker)
+        if len(pieces) != len(slots) + 1:
+            raise PatternError(f"the chat template of the {role} dropped or repeated a slot of its prompt")
+        segments: list[str | Slot] = [pieces[0]]
+        for slot, piece in zip(slots, pieces[1:], strict=True):
+            segments += [slot, piece]
+        return tuple(segment for segment in segments if segment != "")
+
+
+def _unused_marker(text: str) -> str:
+    """A string that stands for a slot while the chat template is applied, and that does not occur in `text`."""
+    number = 0
+    while (marker := f"\u2039slot {number}\u203a") in text:
+        number += 1
+    return marker

@@ -1,0 +1,819 @@
+"""RecursiveSystem: the one loop, in inference and in training, whatever the pattern and the channel.
+
+In every round each role in turn *reads* its prompt, with the messages it was sent in the slots of that prompt, then
+*emits* one message to those who read it; the answering role of the last round *speaks*. `_play` is that loop. `run`,
+`stream` and `unroll` stand around it: batches, traces and the meter in the first two, gradients in the third.
+
+Knows agents, links, a pattern and prompts; knows nothing of data sets, losses, schedules or servers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recursivemas.agents import Agent, Message, PrefixStore, Reading
+from recursivemas.channels import Channel, choose_channels, emit
+from recursivemas.checkpoint import (
+    FORMAT_VERSION,
+    AgentRecord,
+    LinkRecord,
+    Manifest,
+    SystemSettings,
+    atomic_directory,
+    describe_tokenizer,
+    find_system,
+    folder_sha256,
+    inside,
+    library_version,
+    link_folder,
+    read_link,
+    read_manifest,
+    verify_sha256,
+    write_link,
+    write_manifest,
+)
+from recursivemas.config import parse
+from recursivemas.decoding import Reply, SamplingParams, make_reply, told_so_far
+from recursivemas.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    ModelError,
+    NumericsError,
+    PatternError,
+    choose,
+)
+from recursivemas.interventions import INTERVENTIONS, Intervention, Replay, Zero
+from recursivemas.links import DEFAULT_DESIGN, RecursiveLink
+from recursivemas.models import LanguageModel
+from recursivemas.patterns import Edge, Pattern, Turn
+from recursivemas.prompts import PromptSet, Segments
+from recursivemas.trace import LEVELS, Meter, Trace, TracedMessage, Usage, save_traces
+
+Progress = Callable[[int, int], None]
+
+# Ordinary words, read once by every model of a new system to see how loud its links come out.
+CALIBRATION_TEXT = (
+    "A team of three is asked how many days a trip will take. The first draws up a plan, the second looks for "
+    "mistakes in it, and the third works out the answer: two days by train, then one more on foot."
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer to one question, what it cost, and what was passed on."""
+
+    text: str
+    usage: Usage
+    trace: Trace
+    finished: bool = True
+    """Whether the answer ended by itself; otherwise it was cut at `max_new_tokens`."""
+
+
+@dataclass(frozen=True)
+class PlayedTurn:
+    """One turn of the loop, as it was played for a batch."""
+
+    turn: Turn
+    agent: Agent
+    reading: Reading
+    messages: dict[str, Message] = field(default_factory=dict)
+    """By edge, as they arrive: after interventions."""
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of the answer, while it is being written."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All settings of one run."""
+
+    num_rounds: int
+    num_latent_steps: int
+    channels: dict[str, Channel]
+    sampling: SamplingParams
+    variant: str | None = None
+    instructions: str = ""
+    intervene: Intervention = field(default_factory=Intervention)
+    answer_rounds: tuple[int, ...] = ()
+
+    def is_open(self, edge: Edge) -> bool:
+        return self.channels[str(edge)].is_open(self.num_latent_steps)
+
+    def is_known(self, edge: Edge, round: int) -> bool:
+        return self.intervene.known(str(edge), round) is not None
+
+
+class RecursiveSystem:
+    """Frozen agents, a pattern, prompts, and the links between the agents."""
+
+    def __init__(
+        self,
+        agents: Mapping[str, Agent],
+        links: Mapping[str, RecursiveLink],
+        pattern: Pattern,
+        prompts: PromptSet,
+        settings: SystemSettings | None = None,
+        *,
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put the parts together. `links` are the outer links by edge; inner links belong to the agents.
+
+        Raises `PatternError` or `CheckpointError` if a part is missing, unknown, or does not fit.
+        """
+        self.agents = dict(agents)
+        self.links = dict(links)
+        self.pattern = pattern
+        self.prompts = prompts
+        self.settings = settings or SystemSettings()
+        self.training = dict(training or {})
+        self._check()
+
+    def _check(self) -> None:
+        for role in self.agents:
+            if role not in self.pattern.roles:
+                raise PatternError(f"pattern '{self.pattern.name}': " + choose("role", role, self.pattern.roles))
+        for role in self.pattern.roles:
+            if role not in self.agents:
+                raise PatternError(f"the pattern '{self.pattern.name}' needs an agent for the role '{role}'")
+            inner = self.agents[role].inner_link.config
+            self._check_width(f"inner link of '{role}'", inner.source_size, role, "thinks")
+            self._check_slots(role)
+        for name in self.links:
+            if name not in self._edge_names:
+                raise PatternError(f"pattern '{self.pattern.name}': " + choose("edge", name, self._edge_names))
+        for edge in self.pattern.graph:
+            if str(edge) not in self.links:
+                raise CheckpointError(f"the system has no link for the edge '{edge}'")
+            config = self.links[str(edge)].config
+            self._check_width(f"link '{edge}'", config.source_size, edge.source, "thinks")
+            self._check_width(f"link '{edge}'", config.target_size, edge.target, "reads")
+
+    def _check_slots(self, role: str) -> None:
+        sources = {edge.source for edge in self.pattern.sources(role)}
+        slots = self.prompts.slots(role)
+        for slot in sorted(slots - sources):
+            raise PatternError(
+                f"prompt set '{self.prompts.name}', {role}: {choose('slot', slot, sources)}; the pattern "
+                f"'{self.pattern.name}' has no edge {slot}->{role}"
+            )
+        for source in sorted(sources - slots):
+            raise PatternError(
+                f"prompt set '{self.prompts.name}': no template of the {role} has the slot {{latents:{source}}}, so "
+                f"the edge {source}->{role} of the pattern '{self.pattern.name}' would lead nowhere"
+            )
+
+    def _check_width(self, link: str, size: int, role: str, does: str) -> None:
+        hidden_size = self.agents[role].model.hidden_size
+        if size != hidden_size:
+            raise CheckpointError(
+                f"the {link} is made for {size}-wide states, but the {role} {does} in {hidden_size} dimensions; "
+                "was it trained for another pair of models?"
+            )
+
+    # Making and saving
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        agents: Mapping[str, str | Path | LanguageModel],
+        pattern: str | Path | dict[str, Any] | Pattern = "sequential",
+        prompts: str | Path | dict[str, Any] | PromptSet | None = None,
+        design: str = DEFAULT_DESIGN,
+        link_options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **settings: Any,
+    ) -> "RecursiveSystem":
+        """A new system with untrained links, as loud as their readers are used to.
+
+        `agents` gives for each role a model, or its Hugging Face name or directory; roles with the same name share
+        one copy. `prompts` defaults to the bundled set with the pattern's name. Settings: see `SystemSettings`.
+        """
+        table = Pattern.load(pattern)
+        words = PromptSet.load(prompts if prompts is not None else table.name)
+        loaded: dict[str, LanguageModel] = {}
+        models: dict[str, LanguageModel] = {}
+        for role, source in agents.items():
+            if isinstance(source, LanguageModel):
+                models[role] = source
+            else:
+                if str(source) not in loaded:
+                    loaded[str(source)] = LanguageModel.from_pretrained(source, dtype=dtype, device=device)
+                models[role] = loaded[str(source)]
+        for role in table.roles:
+            if role not in models:
+                raise PatternError(f"the pattern '{table.name}' needs an agent for the role '{role}'")
+        options = dict(link_options or {})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            team = {
+                role: Agent(role, model, RecursiveLink.inner(model.hidden_size, design=design, **options))
+                for role, model in models.items()
+            }
+            links = {
+                str(edge): RecursiveLink.outer(
+                    models[edge.source].hidden_size, models[edge.target].hidden_size, design=design, **options
+                )
+                for edge in table.graph
+            }
+        chosen = parse(SystemSettings, {"name": table.name, **settings}, where="settings of the system")
+        system = cls(team, links, table, words, chosen)
+        system._place_links()
+        system.calibrate(CALIBRATION_TEXT)
+        return system
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "RecursiveSystem":
+        """Load a bundled system (`"ward"`), a directory, or a Hugging Face repository.
+
+        Raises `CheckpointError` naming the part that is missing, corrupt, or does not fit.
+        """
+        directory = find_system(name_or_path)
+        manifest = read_manifest(directory)
+        models: dict[str, LanguageModel] = {}
+        for role, record in manifest.agents.items():
+            if record.model not in models:
+                models[record.model] = _load_agent_model(directory, role, record, dtype=dtype, device=device)
+        links = {
+            name: read_link(inside(directory, saved.folder), saved.sha256) for name, saved in manifest.links.items()
+        }
+        for role in manifest.agents:
+            if role not in links:
+                raise CheckpointError(f"{directory}: the role '{role}' has no inner link")
+        agents = {role: Agent(role, models[record.model], links.pop(role)) for role, record in manifest.agents.items()}
+        try:
+            system = cls(
+                agents, links, manifest.pattern, manifest.prompts, manifest.settings, training=manifest.training
+            )
+        except PatternError as error:
+            raise CheckpointError(f"the parts in {directory} do not fit together: {error}") from None
+        system._place_links()
+        return system
+
+    def save_pretrained(self, directory: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> None:
+        """Write the system to a new directory, which appears only when it is complete.
+
+        Models that came from the Hugging Face hub are saved by name and revision, others with their weights.
+        `dtype` is the precision on disk; a system that was saved in half precision runs with rounded weights.
+        Raises `OutputError`.
+        """
+        with atomic_directory(Path(directory), overwrite=overwrite) as draft:
+            records = {}
+            folders: dict[int, str] = {}
+            for role, agent in self.agents.items():
+                model = agent.model
+                if id(model) not in folders:
+                    folders[id(model)] = model.source or f"agents/{role}"
+                    if model.source is None:
+                        model.save_pretrained(draft / folders[id(model)], dtype=dtype)
+                records[role] = _describe_agent(draft, model, folders[id(model)])
+            every_link = {**{role: agent.inner_link for role, agent in self.agents.items()}, **self.links}
+            links = {
+                name: LinkRecord(
+                    folder=link_folder(name), sha256=write_link(draft / link_folder(name), link, dtype=dtype)
+                )
+                for name, link in every_link.items()
+            }
+            manifest = Manifest(
+                format_version=FORMAT_VERSION,
+                library_version=library_version(),
+                settings=self.settings,
+                pattern=self.pattern,
+                prompts=self.prompts,
+                agents=records,
+                links=links,
+                training=self.training,
+            )
+            write_manifest(draft, manifest)
+
+    # Other systems out of this one
+
+    def solo(self) -> "RecursiveSystem":
+        """The answering role alone, with its `solo` prompt: the control every system is compared with."""
+        pattern = self.pattern.alone()
+        agents = {pattern.answers: self.agents[pattern.answers]}
+        return RecursiveSystem(
+            agents, {}, pattern, self.prompts.alone(pattern.answers), self.settings, training=self.training
+        )
+
+    def with_random_links(self, seed: int = 0) -> "RecursiveSystem":
+        """The same system with every link drawn anew, each as loud as the one it replaces: the other control."""
+        agents = {
+            role: Agent(role, agent.model, agent.inner_link.redraw(seed + index))
+            for index, (role, agent) in enumerate(self.agents.items())
+        }
+        links = {edge: link.redraw(seed + 1000 + index) for index, (edge, link) in enumerate(self.links.items())}
+        return RecursiveSystem(agents, links, self.pattern, self.prompts, self.settings, training=self.training)
+
+    # Links
+
+    @property
+    def all_links(self) -> dict[str, RecursiveLink]:
+        """Inner links by role and outer links by edge: all that is ever trained."""
+        return {**{role: agent.inner_link for role, agent in self.agents.items()}, **self.links}
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of all links by `link/tensor` name. The language models have none that train."""
+        return {
+            f"{name}/{tensor}": parameter
+            for name, link in self.all_links.items()
+            for tensor, parameter in link.named_parameters()
+        }
+
+    @torch.no_grad()
+    def calibrate(self, text: str) -> None:
+        """Size every link by how its reader embeds this text (see `RecursiveLink.calibrate`)."""
+        for role, agent in self.agents.items():
+            ids = agent.model.encode(text)
+            states = agent.model.states(torch.tensor([ids], device=agent.model.device))[0]
+            agent.inner_link.calibrate(states, agent.model.embedding_norm(ids))
+            for edge in self.pattern.graph:
+                if edge.source == role:
+                    reader = self.agents[edge.target].model
+                    link = self.links[str(edge)]
+                    sent = agent.inner_link(states) if self._through_inner_link else states
+                    link.calibrate(sent, reader.embedding_norm(reader.encode(text)))
+
+    @property
+    def _through_inner_link(self) -> bool:
+        return self.settings.message == "inner+outer"
+
+    def _place_links(self) -> None:
+        for agent in self.agents.values():
+            agent.inner_link.to(agent.model.device).requires_grad_(False).eval()
+        for edge in self.pattern.graph:
+            self.links[str(edge)].to(self.agents[edge.source].model.device).requires_grad_(False).eval()
+
+    # Running
+
+    def run(
+        self,
+        questions: str | Sequence[str],
+        *,
+        num_rounds: int | None = None,
+        num_latent_steps: int | None = None,
+        channel: str | Mapping[str, str] | None = None,
+        sampling: SamplingParams | None = None,
+        trace: str | bool = "summary",
+        trace_dir: Path | None = None,
+        intervene: str | Intervention | None = None,
+        variant: str | None = None,
+        instructions: str = "",
+        keys: Sequence[str] | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Answer one question (a `Result`) or several (a list of them, in the order given).
+
+        `channel` is one name for all edges or one for each; `variant` a wording of the prompt set; `instructions` go
+        where the prompts say `{instructions}`. `trace` is off, summary or full (True means full); with `trace_dir`
+        tensors go to disk batch by batch. `intervene` is shuffled, zero, or an `Intervention`; `seed` orders what is
+        shuffled. `keys` name the questions for sampling (default: their text). A batch that does not fit into the
+        memory of a GPU is halved. Raises `InputError`, `ConfigError` or `NumericsError`.
+        """
+        several = _as_questions(questions)
+        level = _trace_level(trace)
+        plan = self._plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
+        names = list(keys) if keys is not None else several
+        if len(names) != len(several):
+            raise InputError(f"{len(names)} keys were given for {len(several)} questions; give one for each")
+        _check_whole("batch_size", batch_size, 1, 1_000_000)
+        if isinstance(intervene, Intervention):
+            batch_size = len(several)
+        order, plan_of = self._intervened(plan, intervene, several, names, seed)
+
+        def answer(rows: list[int]) -> list[Result]:
+            return self._answer([several[row] for row in rows], [names[row] for row in rows], plan_of(rows), level)
+
+        place = Path(trace_dir) if trace_dir is not None and level != "off" else None
+        results = _in_batches(answer, order, batch_size, place, progress)
+        answers = [results[row] for row in range(len(several))]
+        return answers[0] if isinstance(questions, str) else answers
+
+    def stream(self, question: str, **options: Any) -> Iterator[PlayedTurn | TextDelta | Result]:
+        """Answer one question, telling what happens: each turn, pieces of the answer, then the `Result`.
+
+        Options: `num_rounds`, `num_latent_steps`, `channel`, `sampling`, `variant`, `instructions`, as in `run`.
+        """
+        [question] = _as_questions([question])
+        plan = self._plan(**{name: options.pop(name, None) for name in _PLAN_OPTIONS}, **options)
+        meter = Meter(1, self._answering_model.device)
+        trace = self._new_trace(question, plan, "summary")
+        # Gradients are switched off around each step, not around the yields: the mode is the caller's in between.
+        turns = self._play([question], [question], plan, meter)
+        while True:
+            with torch.no_grad():
+                played = next(turns, None)
+                if played is None:
+                    return
+                self._record([trace], played)
+            if not played.turn.speaks:
+                yield played
+                continue
+            tokens: list[int] = []
+            told = ""
+            steps = played.agent.speak_steps(played.reading, plan.sampling, [_key(question, played.turn)])
+            while True:
+                with torch.no_grad(), meter.phase(played.turn.round, played.turn.role, "decode"):
+                    taken = next(steps, None)
+                if taken is None:
+                    break
+                tokens.append(taken[0][1])
+                text = told_so_far(make_reply(played.agent.model, tokens, plan.sampling), plan.sampling)
+                if len(text) > len(told):
+                    yield TextDelta(text[len(told) :])
+                    told = text
+            reply = make_reply(played.agent.model, tokens, plan.sampling)
+            if len(reply.text) > len(told):
+                yield TextDelta(reply.text[len(told) :])
+            _count_reply(meter, played.turn, [reply])
+            trace.answer = reply.text
+            yield Result(reply.text, meter.usages()[0], trace, reply.finished)
+
+    def unroll(
+        self,
+        questions: str | Sequence[str],
+        *,
+        num_rounds: int | None = None,
+        num_latent_steps: int | None = None,
+        channel: str | Mapping[str, str] = "latent",
+        answer_rounds: Sequence[int] = (),
+        variant: str | None = None,
+        instructions: str = "",
+        intervene: Intervention | None = None,
+    ) -> Iterator[PlayedTurn]:
+        """The same loop with gradients (eq. 2): play it turn by turn, for the caller to take losses from.
+
+        Yields every turn; a turn that speaks has a `reading` from which `agent.loss(reading, answers)` is the
+        cross-entropy of eq. 6. `answer_rounds` asks for such a turn in earlier rounds too. Text before a prompt's
+        first slot is read without gradient; everything after it, and every cache, carries it.
+        """
+        several = _as_questions(questions)
+        plan = self._plan(num_rounds, num_latent_steps, channel, None, variant, instructions)
+        for round in answer_rounds:
+            _check_whole("a round of answer_rounds", round, 1, plan.num_rounds)
+        plan = replace(plan, answer_rounds=tuple(answer_rounds), intervene=intervene or Intervention())
+        meter = Meter(len(several), self._answering_model.device)
+        return self._play(several, several, plan, meter)
+
+    # The loop
+
+    def _play(self, questions: Sequence[str], keys: Sequence[str], plan: _Plan, meter: Meter) -> Iterator[PlayedTurn]:
+        """Play a batch, turn by turn. The answering turn is read, and left to the caller to speak or to score."""
+        prefixes = PrefixStore()
+        known: dict[tuple[str, str], list[Segments]] = {}
+        sent: dict[tuple[int, Edge], Message] = {}
+        for turn in self.pattern.schedule(
+            plan.num_rounds, answer_rounds=plan.answer_rounds, is_open=plan.is_open, is_known=plan.is_known
+        ):
+            agent = self.agents[turn.role]
+            phase = partial(meter.phase, turn.round, turn.role)
+            with phase("prefill"):
+                prompts = self._prompts(turn, questions, plan, known)
+                reading = agent.read(prompts, self._inbox(turn, sent, plan), prefixes)
+            meter.count(turn.round, turn.role, prompt_tokens=reading.prompt_tokens, positions=reading.positions)
+            if turn.speaks:
+                yield PlayedTurn(turn, agent, reading)
+                continue
+            edges = {str(edge): plan.channels[str(edge)] for edge in turn.sends}
+            messages, replies = emit(
+                agent,
+                reading,
+                edges,
+                self.links,
+                num_latent_steps=plan.num_latent_steps,
+                sampling=plan.sampling,
+                keys=[_key(key, turn) for key in keys],
+                through_inner_link=self._through_inner_link,
+                phase=phase,
+            )
+            if any(channel.has_latents for channel in edges.values()):
+                meter.count(
+                    turn.round,
+                    turn.role,
+                    latent_steps=plan.num_latent_steps,
+                    positions=max(plan.num_latent_steps - 1, 0),
+                )
+            _count_reply(meter, turn, replies)
+            arrived = {}
+            for edge in turn.sends:
+                message = plan.intervene(messages[str(edge)], str(edge), turn.round)
+                _check_finite(message, edge, turn.round, keys)
+                sent[turn.round, edge] = arrived[str(edge)] = message
+            yield PlayedTurn(turn, agent, reading, arrived)
+
+    def _prompts(
+        self, turn: Turn, questions: Sequence[str], plan: _Plan, known: dict[tuple[str, str], list[Segments]]
+    ) -> list[Segments]:
+        """The prompt of a turn for every question; rendered once, where a later round has the same template."""
+        is_last = turn.speaks or turn.round == plan.num_rounds
+        key = turn.role, self.prompts.template(turn.role, round=turn.round, is_last=is_last)
+        if key not in known:
+            known[key] = [
+                self.prompts.segments(
+                    turn.role,
+                    question,
+                    render_chat=self.agents[turn.role].model.render_chat,
+                    round=turn.round,
+                    is_last=is_last,
+                    variant=plan.variant,
+                    instructions=plan.instructions,
+                )
+                for question in questions
+            ]
+        return known[key]
+
+    def _inbox(self, turn: Turn, sent: Mapping[tuple[int, Edge], Message], plan: _Plan) -> dict[str, Message]:
+        """What a role has been sent by the time of its turn, by sender."""
+        inbox = {}
+        for edge in self.pattern.sources(turn.role):
+            round = self.pattern.message_round(edge, turn.round)
+            if round > 0 and plan.is_open(edge):
+                message = plan.intervene.known(str(edge), round) or sent.get((round, edge))
+                if message is not None:
+                    inbox[edge.source] = message
+        return inbox
+
+    def _answer(self, questions: list[str], keys: list[str], plan: _Plan, level: str) -> list[Result]:
+        """Play one batch and speak."""
+        meter = Meter(len(questions), self._answering_model.device)
+        traces = [self._new_trace(question, plan, level) for question in questions]
+        replies: list[Reply] = []
+        with torch.no_grad():
+            for played in self._play(questions, keys, plan, meter):
+                self._record(traces, played)
+                if played.turn.speaks:
+                    with meter.phase(played.turn.round, played.turn.role, "decode"):
+                        names = [_key(key, played.turn) for key in keys]
+                        replies = played.agent.speak(played.reading, plan.sampling, names)
+                    _count_reply(meter, played.turn, replies)
+        results = []
+        for reply, usage, trace in zip(replies, meter.usages(), traces, strict=True):
+            trace.answer = reply.text
+            results.append(Result(reply.text, usage, trace, reply.finished))
+        return results
+
+    def _intervened(
+        self, plan: _Plan, intervene: str | Intervention | None, questions: list[str], keys: list[str], seed: int
+    ) -> tuple[list[int], Callable[[list[int]], _Plan]]:
+        """The order in which questions are answered, and the plan for some of them, under an intervention."""
+        order = list(range(len(questions)))
+        if intervene is None:
+            return order, lambda rows: plan
+        if isinstance(intervene, Replay) and intervene.batch_sizes - {len(questions)}:
+            recorded = max(intervene.batch_sizes)
+            raise InputError(f"messages of {recorded} questions were recorded; give just these, not {len(questions)}")
+        if isinstance(intervene, Intervention) or intervene == "zero":
+            changed = replace(plan, intervene=intervene if isinstance(intervene, Intervention) else Zero())
+            return order, lambda rows: changed
+        if intervene != "shuffled":
+            raise ConfigError(choose("intervention", intervene, INTERVENTIONS))
+        if len(questions) < 2:
+            raise InputError("shuffled hands each question the message of another one: give at least two questions")
+        order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
+        following = dict(zip(order, [*order[1:], order[0]], strict=True))
+
+        def of_the_next(rows: list[int]) -> _Plan:
+            donors = [following[row] for row in rows]
+            sent = self._messages([questions[row] for row in donors], [keys[row] for row in donors], plan)
+            return replace(plan, intervene=Replay(sent))
+
+        return order, of_the_next
+
+    def _messages(self, questions: list[str], keys: list[str], plan: _Plan) -> dict[tuple[str, int], Message]:
+        """Every message of a batch, by edge and round; nobody speaks."""
+        messages: dict[tuple[str, int], Message] = {}
+        meter = Meter(len(questions), self._answering_model.device)
+        with torch.no_grad():
+            for played in self._play(questions, keys, plan, meter):
+                messages.update({(edge, played.turn.round): message for edge, message in played.messages.items()})
+        return messages
+
+    # Settings and records
+
+    @property
+    def _answering_model(self) -> LanguageModel:
+        return self.agents[self.pattern.answers].model
+
+    def _plan(
+        self,
+        num_rounds: int | None,
+        num_latent_steps: int | None,
+        channel: str | Mapping[str, str] | None,
+        sampling: SamplingParams | None,
+        variant: str | None,
+        instructions: str | None = None,
+    ) -> _Plan:
+        rounds = self.settings.num_rounds if num_rounds is None else num_rounds
+        steps = self.settings.num_latent_steps if num_latent_steps is None else num_latent_steps
+        _check_whole("num_rounds", rounds, 1, 1000)
+        _check_whole("num_latent_steps", steps, 0, 100_000)
+        self.prompts.variant(variant)
+        return _Plan(
+            rounds,
+            steps,
+            choose_channels(self.settings.channel if channel is None else channel, self._edge_names),
+            sampling or SamplingParams(max_new_tokens=self.settings.max_new_tokens),
+            variant,
+            instructions or "",
+        )
+
+    @property
+    def _edge_names(self) -> list[str]:
+        return [str(edge) for edge in self.pattern.graph]
+
+    def _new_trace(self, question: str, plan: _Plan, level: str) -> Trace:
+        settings = {
+            "system": self.settings.name,
+            "pattern": self.pattern.name,
+            "channel": {edge: channel.name for edge, channel in plan.channels.items()},
+            "num_rounds": plan.num_rounds,
+            "num_latent_steps": plan.num_latent_steps,
+            "variant": plan.variant,
+            "instructions": plan.instructions,
+            "sampling": plan.sampling.__dict__,
+            "library_version": library_version(),
+        }
+        return Trace(level, question, settings)
+
+    def _record(self, traces: Sequence[Trace], played: PlayedTurn) -> None:
+        if traces[0].level == "off":
+            return
+        for edge, message in played.messages.items():
+            source, target = Edge.parse(edge)
+            reader = self.agents[target].model
+            size = None if message.latents is None else message.latents.shape[1]
+            nearest: list[Any] = []
+            norms: list[list[float]] = []
+            if message.latents is not None and size:
+                nearest = reader.nearest_tokens(message.latents.flatten(0, 1))
+                norms = (message.latents.float().norm(dim=-1) / reader.mean_embedding_norm).tolist()
+            for row, trace in enumerate(traces):
+                trace.messages.append(
+                    TracedMessage(
+                        played.turn.round,
+                        source,
+                        target,
+                        None if message.texts is None else message.texts[row],
+                        norms[row] if norms else None,
+                        nearest[row * size : (row + 1) * size] if nearest and size else None,
+                        self._kept(message, row) if trace.level == "full" else None,
+                    )
+                )
+
+    @staticmethod
+    def _kept(message: Message, row: int) -> Tensor | None:
+        return None if message.latents is None else message.latents[row].detach().cpu().clone()
+
+    def __repr__(self) -> str:
+        models = ", ".join(f"{role}: {agent.model.config.model_type}" for role, agent in self.agents.items())
+        return f"RecursiveSystem({self.settings.name!r}, pattern={self.pattern.name!r}, {models})"
+
+
+_PLAN_OPTIONS = ("num_rounds", "num_latent_steps", "channel", "sampling", "variant")
+
+
+def _key(key: str, turn: Turn) -> str:
+    """Names what is sampled: of this question, by this role, in this round."""
+    return f"{key}/{turn.role}/{turn.round}"
+
+
+def _count_reply(meter: Meter, turn: Turn, replies: Sequence[Reply]) -> None:
+    """A decoded token is counted when it is chosen; all but the last are also read."""
+    if replies:
+        counts = [len(reply.token_ids) for reply in replies]
+        meter.count(turn.round, turn.role, generated_tokens=counts, positions=[max(n - 1, 0) for n in counts])
+
+
+def _in_batches(
+    answer: Callable[[list[int]], list[Result]],
+    order: list[int],
+    batch_size: int,
+    trace_dir: Path | None,
+    progress: Progress | None,
+) -> dict[int, Result]:
+    """Answer rows batch by batch; a batch that does not fit into the memory of a GPU is halved."""
+    results: dict[int, Result] = {}
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    number = 0
+    while batches:
+        rows = batches.pop(0)
+        try:
+            done = answer(rows)
+        except torch.cuda.OutOfMemoryError:
+            if len(rows) == 1:
+                raise InputError(
+                    "one question alone does not fit into the memory of the device; lower max_new_tokens or the "
+                    "number of latent steps, or use a smaller dtype"
+                ) from None
+            torch.cuda.empty_cache()
+            batches[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+            continue
+        if trace_dir is not None:
+            kept = save_traces(trace_dir, [result.trace for result in done], batch=number)
+            done = [replace(result, trace=each) for result, each in zip(done, kept, strict=True)]
+        results.update(zip(rows, done, strict=True))
+        number += 1
+        if progress is not None:
+            progress(len(results), len(order))
+    return results
+
+
+def _trace_level(trace: str | bool) -> str:
+    level = {True: "full", False: "off"}.get(trace, str(trace)) if isinstance(trace, bool) else trace
+    if level not in LEVELS:
+        raise ConfigError(choose("trace level", level, LEVELS))
+    return str(level)
+
+
+def _as_questions(questions: Any) -> list[str]:
+    """One question, or several, as a list. Raises `InputError` for what is not text, or empty."""
+    if not isinstance(questions, str) and (
+        isinstance(questions, (bytes, Mapping)) or not isinstance(questions, Iterable)
+    ):
+        raise InputError(f"expected a question as text, or a list of them; got {type(questions).__name__}")
+    several = [questions] if isinstance(questions, str) else list(questions)
+    if not several:
+        raise InputError("no question was given; give one as text, or a list of them")
+    for number, question in enumerate(several, start=1):
+        where = f"question {number}" if len(several) > 1 else "the question"
+        if not isinstance(question, str):
+            raise InputError(f"{where} is a {type(question).__name__}, expected text")
+        if not question.strip():
+            raise InputError(f"{where} is empty; write what is to be answered")
+        try:
+            question.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where} is not valid text: it holds bytes that are not UTF-8") from None
+    return several
+
+
+def _check_whole(name: str, value: Any, least: int, most: int) -> None:
+    kind: Any = type(value)
+    if not issubclass(kind, Integral) or kind is bool or not least <= value <= most:
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+
+
+def _check_finite(message: Message, edge: Edge, round: int, keys: Sequence[str]) -> None:
+    if message.latents is None or bool(message.latents.isfinite().all()):
+        return
+    row, step = (~message.latents.isfinite()).any(dim=-1).nonzero()[0].tolist()
+    raise NumericsError(
+        f"the message {edge} of round {round} is not finite at latent step {step + 1}, for the question "
+        f"'{keys[row][:60]}'; run `recursivemas train` anew, or use float32"
+    )
+
+
+def _describe_agent(directory: Path, model: LanguageModel, place: str) -> AgentRecord:
+    local = model.source is None
+    return AgentRecord(
+        model=place,
+        local=local,
+        model_type=model.config.model_type,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        revision=model.revision,
+        sha256=folder_sha256(directory / place) if local else None,
+        **describe_tokenizer(model),
+    )
+
+
+def _load_agent_model(directory: Path, role: str, record: AgentRecord, **options: Any) -> LanguageModel:
+    """The model of a saved agent; refused unless it is the one the links were made for."""
+    try:
+        if record.local:
+            place = inside(directory, record.model)
+            verify_sha256(place, record.sha256)
+            model = LanguageModel.from_pretrained(place, **options)
+        else:
+            model = LanguageModel.from_pretrained(record.model, revision=record.revision, **options)
+    except ModelError as error:
+        raise CheckpointError(f"the agent of the {role} cannot be loaded: {error}") from None
+    found = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, **describe_tokenizer(model)}
+    for name, value in found.items():
+        if value != getattr(record, name):
+            raise CheckpointError(
+                f"the model '{record.model}' of the {role} is not the one this system was made with: its {name} is "
+                f"{value}, expected {getattr(record, name)}"
+            )
+    return model

@@ -1,0 +1,146 @@
+"""Alignment of an outer link: the same text, as its sender thinks it and as its reader embeds it.
+
+For every token of a text that the sender writes there is the state that predicts it, and the reader's embeddings of
+the same characters (their mean, where the reader cuts the text into more tokens). W3 of the link is first solved for
+in closed form (ridge regression), and then the whole link is trained on the pairs,
+
+    L = mean |R_out(R_in(h)) - e|^2 / mean |e|^2
+
+which takes seconds, because every state is computed once. This stage is not in the paper; without it, links that
+start at random hardly ever leave chance. Knows one edge at a time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from recursivemas.agents import Agent
+from recursivemas.errors import InputError
+from recursivemas.links import RecursiveLink
+from recursivemas.models import LanguageModel
+from recursivemas.training.data import Turn
+from recursivemas.training.inner import collect_pairs, step_indices
+from recursivemas.training.loop import LoopSettings, Progress, RunDirectory, fit
+
+Span = tuple[int, int]
+
+
+class AlignmentSettings(LoopSettings):
+    """Settings of the alignment."""
+
+    num_train_steps: int = Field(default=2000, ge=1)
+    num_samples: int = Field(default=2048, ge=1)
+    """Turns of each sender whose states are computed once and trained on."""
+    batch_size: int = Field(default=512, ge=1)
+    """Token positions of each step."""
+    ridge: float = Field(default=1e-3, gt=0)
+    """Strength of the ridge, as a share of the mean squared feature."""
+
+
+def overlapping(span: Span, others: Sequence[Span]) -> list[int]:
+    """Which of the other spans share a character with this one.
+
+    >>> overlapping((0, 9), [(0, 4), (4, 9), (10, 12)])
+    [0, 1]
+    """
+    return [index for index, (start, end) in enumerate(others) if start < span[1] and end > span[0]]
+
+
+@torch.no_grad()
+def embeddings_of_spans(reader: LanguageModel, text: str, spans: Sequence[Span]) -> Float[Tensor, "span hidden_size"]:
+    """How the reader embeds the characters of each span: the mean over its tokens that overlap it."""
+    token_ids, reader_spans = reader.spans(text)
+    embeds = reader.embed(torch.tensor(token_ids)).float().cpu()
+    rows = []
+    for span in spans:
+        chosen = overlapping(span, reader_spans)
+        if not chosen:
+            raise InputError(f"no token of the reader covers the characters {span} of {text!r}")
+        rows.append(embeds[chosen].mean(dim=0))
+    return torch.stack(rows)
+
+
+def alignment_pairs(
+    sender: Agent, reader: LanguageModel, turns: Sequence[Turn], *, through_inner_link: bool = True
+) -> tuple[Float[Tensor, "pair source_size"], Float[Tensor, "pair target_size"]]:
+    """What the link of an edge is given, and what it should return, for every token of every turn of the sender."""
+    pairs = collect_pairs(sender.model, turns, with_end=False)
+    known: dict[str, Tensor] = {}
+    for turn in turns:
+        if turn.target not in known:
+            known[turn.target] = embeddings_of_spans(reader, turn.target, sender.model.spans(turn.target)[1])
+    targets = torch.stack(
+        [known[turns[turn].target][place] for turn, place in zip(pairs.turn_of, pairs.place_of, strict=True)]
+    )
+    states = pairs.states.to(sender.model.device)
+    with torch.no_grad():
+        features = sender.inner_link(states) if through_inner_link else states
+    return features, targets.to(sender.model.device)
+
+
+@torch.no_grad()
+def solve_residual(
+    link: RecursiveLink,
+    features: Float[Tensor, "pair source_size"],
+    targets: Float[Tensor, "pair target_size"],
+    ridge: float,
+) -> None:
+    """Set the linear part of a link to the ridge solution; a design without one is only sized."""
+    target_norm = targets.norm(dim=-1).mean().item()
+    linear = link.residual_weight
+    if linear is None:
+        link.calibrate(features, target_norm)
+        return
+    if link.target_norm is not None:
+        # Its LayerNorm brings vectors to the norm sqrt(size) before the gain: solve for vectors of that size.
+        link.calibrate(features, target_norm)
+        targets = targets * (link.config.target_size**0.5 / target_norm)
+    else:
+        link.scale.fill_(1.0)
+    inputs = features.double()
+    if linear.bias is not None:
+        inputs = functional.pad(inputs, (0, 1), value=1.0)
+    gram = inputs.T @ inputs
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    solution = torch.linalg.solve(gram + penalty, inputs.T @ targets.double()).float()
+    linear.weight.copy_(solution[: features.shape[1]].T)
+    if linear.bias is not None:
+        linear.bias.copy_(solution[-1])
+
+
+def alignment_loss(
+    link: RecursiveLink, features: Float[Tensor, "pair source_size"], targets: Float[Tensor, "pair target_size"]
+) -> Float[Tensor, ""]:
+    """Squared distance of the link's outputs from the reader's embeddings, relative to their squared norm."""
+    return (link(features) - targets).square().sum(dim=-1).mean() / targets.square().sum(dim=-1).mean()
+
+
+def train_alignment(
+    edge: str,
+    link: RecursiveLink,
+    features: Float[Tensor, "pair source_size"],
+    targets: Float[Tensor, "pair target_size"],
+    settings: AlignmentSettings,
+    *,
+    seed: int = 0,
+    run: RunDirectory | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Solve, then train, the link of one edge; return the loss after each, and the mean cosine at the end."""
+    solve_residual(link, features, targets, settings.ridge)
+    with torch.no_grad():
+        solved = alignment_loss(link, features, targets).item()
+
+    def loss_of_step(step: int) -> Tensor:
+        chosen = step_indices(step, seed, len(features), settings.batch_size).to(features.device)
+        return alignment_loss(link, features[chosen], targets[chosen])
+
+    fit(f"alignment-{edge}", dict(link.named_parameters()), loss_of_step, settings, run=run, progress=progress)
+    with torch.no_grad():
+        after = alignment_loss(link, features, targets).item()
+        cosine = functional.cosine_similarity(link(features), targets, dim=-1).mean().item()
+    return {"pairs": len(features), "loss_solved": solved, "loss_after": after, "cosine_after": cosine}

@@ -1,0 +1,66 @@
+"""Worlds: small laboratories that generate their own questions, texts and truths, with a known optimum.
+
+A world is a class with a name, the roles that live in it, a pattern and prompts for them, and
+
+    samples(split, num_samples, seed)              questions with targets and the exact posterior
+    optimum(samples, num_rounds)                   the best score any system can reach in that many rounds
+    role_samples(split, num_samples, seed, role=)  turns of a role, for the training of links
+    pretraining_batch(role, rng, size)             the text its agent is pretrained on
+    agent_recipes, tokenizer(role)                 how its agents are made
+
+Another seed is another world. A world knows nothing of links.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from recursivemas.errors import ConfigError, choose
+from recursivemas.evaluation.task import Sample
+from recursivemas.training.data import RoleSample
+
+
+@runtime_checkable
+class World(Protocol):
+    """What the rest of the package asks of a world."""
+
+    name: str
+    seed: int
+    roles: tuple[str, ...]
+    pattern: str
+    prompts: str
+    settings: dict[str, Any]
+    """Settings of a system of its agents (see `SystemSettings`)."""
+    agent_recipes: dict[str, Any]
+
+    def samples(self, split: str, num_samples: int, seed: int) -> list[Sample]:
+        """Distinct questions of a split."""
+
+    def optimum(self, samples: list[Sample], num_rounds: int) -> float:
+        """The best mean score that `num_rounds` rounds allow."""
+
+    def role_samples(
+        self, split: str, num_samples: int, seed: int, *, role: str, variant: str = ...
+    ) -> list[RoleSample]:
+        """Turns of one role, as text."""
+
+    def pretraining_batch(self, role: str, rng: np.random.Generator, size: int) -> list[RoleSample]:
+        """A batch of the text that the agent of a role is made of."""
+
+    def tokenizer(self, role: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of the agent of a role."""
+
+
+def world_names() -> tuple[str, ...]:
+    """Names of all worlds."""
+    return ("ward",)
+
+
+def load_world(name: str, seed: int = 0) -> World:
+    """The world of this name and seed. Raises `ConfigError` with the nearest name."""
+    from recursivemas.worlds.ward import Ward
+
+    if name not in world_names():
+        raise ConfigError(choose("world", name, world_names()))
+    return Ward(seed)

@@ -1,0 +1,176 @@
+"""Building a world: its texts and splits on disk, and its agents, pretrained from nothing.
+
+    DIR/data/{train,validation,test}.jsonl    questions with targets and exact posteriors
+    DIR/data/turns-ROLE.jsonl                 a sample of the text each agent is made of
+    DIR/training/ROLE/                        metrics and state of its pretraining; a stopped build goes on from there
+    DIR/system/                               the agents as a system, with links that are drawn but not trained
+
+Agents are small and independent of each other, so they are trained in processes of their own, one core each.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from recursivemas.checkpoint import atomic_directory
+from recursivemas.errors import OutputError
+from recursivemas.models import LanguageModel
+from recursivemas.prompts import PromptSet
+from recursivemas.system import RecursiveSystem
+from recursivemas.training.data import RoleSample, encode_turns
+from recursivemas.training.loop import LoopSettings, Progress, RunDirectory, fit, write_atomically
+from recursivemas.worlds import World, load_world
+
+SAVE_DTYPE = "float16"
+_NUM_WRITTEN = {"train": 2000, "validation": 1000, "test": 1000}
+_POLL_SECONDS = 0.5
+
+BuildProgress = Callable[[str, int, int, dict[str, float]], None]
+
+
+def build(
+    world: World,
+    directory: Path,
+    *,
+    workers: int = 2,
+    provenance: dict[str, str] | None = None,
+    progress: BuildProgress | None = None,
+) -> dict[str, Any]:
+    """Write a world to a directory; return what is known of its agents. Raises `OutputError`."""
+    if (directory / "system").exists():
+        raise OutputError(f"{directory} holds a finished world already; choose another --out, or remove it first")
+    write_data(world, directory / "data")
+    with ProcessPoolExecutor(max_workers=workers, mp_context=get_context("spawn")) as pool:
+        jobs = {
+            role: pool.submit(_pretrain_in_process, world.name, world.seed, role, directory / "training" / role)
+            for role in world.roles
+        }
+        try:
+            _watch(world, jobs, directory, progress)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    agents = {role: job.result() for role, job in jobs.items()}
+    models = {
+        role: LanguageModel.from_pretrained(directory / "training" / role / "agent", device="cpu")
+        for role in world.roles
+    }
+    system = RecursiveSystem.build(
+        agents=models, pattern=world.pattern, prompts=world.prompts, seed=world.seed, name=world.name, **world.settings
+    )
+    summary = {**(provenance or {}), "world": {"name": world.name, "seed": world.seed}, "agents": agents}
+    system.training = summary
+    system.save_pretrained(directory / "system", dtype=SAVE_DTYPE)
+    return summary
+
+
+def pretrain(
+    world: World, role: str, *, run: RunDirectory | None = None, progress: Progress | None = None
+) -> tuple[LanguageModel, list[float]]:
+    """Make the agent of a role from nothing; return it with the loss of every step."""
+    recipe = world.agent_recipes[role]
+    model = LanguageModel.from_config(recipe.config, world.tokenizer(role), seed=recipe.seed, device="cpu")
+    prompts = PromptSet.load(world.prompts)
+    settings = LoopSettings(
+        num_train_steps=recipe.num_train_steps,
+        lr=recipe.lr,
+        warmup_steps=recipe.warmup_steps,
+        min_lr_ratio=recipe.min_lr_ratio,
+        weight_decay=recipe.weight_decay,
+        betas=recipe.betas,
+        max_grad_norm=recipe.max_grad_norm,
+        log_every=20,
+        save_every=200,
+    )
+
+    def loss_of_step(step: int) -> Tensor:
+        rng = np.random.default_rng([world.seed, recipe.seed, world.roles.index(role), step])
+        return text_loss(model, prompts, world.pretraining_batch(role, rng, recipe.batch_size))
+
+    losses = fit(
+        "pretraining", dict(model.network.named_parameters()), loss_of_step, settings, run=run, progress=progress
+    )
+    return model, losses
+
+
+def text_loss(model: LanguageModel, prompts: PromptSet, samples: list[RoleSample]) -> Tensor:
+    """Cross-entropy of what a role writes, mean over the tokens of a batch."""
+    turns = encode_turns(samples, model, prompts)
+    replies = [[*turn.target_ids, model.reply_end_id] for turn in turns]
+    input_ids, mask = model.pad([[*turn.prompt_ids, *reply] for turn, reply in zip(turns, replies, strict=True)])
+    labels = torch.full_like(input_ids, -100)
+    for row, reply in enumerate(replies):
+        labels[row, -len(reply) :] = input_ids[row, -len(reply) :]
+    states = model.states(input_ids, mask)[:, :-1]
+    wanted = labels[:, 1:] != -100
+    return functional.cross_entropy(model.logits(states[wanted]), labels[:, 1:][wanted])
+
+
+def write_data(world: World, directory: Path) -> None:
+    """Questions of every split, and a sample of every agent's text, as JSON Lines."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for split, number in _NUM_WRITTEN.items():
+            rows = [{**asdict(sample), "answer": sample.target} for sample in world.samples(split, number, world.seed)]
+            write_atomically(directory / f"{split}.jsonl", _lines(rows))
+        for role in world.roles:
+            turns = world.pretraining_batch(role, np.random.default_rng(world.seed), 500)
+            write_atomically(directory / f"turns-{role}.jsonl", _lines([asdict(turn) for turn in turns]))
+    except OSError as error:
+        raise OutputError(f"cannot write the texts to {directory}: {error.strerror}") from None
+
+
+def _lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _pretrain_in_process(name: str, seed: int, role: str, directory: Path) -> dict[str, Any]:
+    """One agent, in a process of its own; its progress is read from its metrics file."""
+    torch.set_num_threads(1)
+    world = load_world(name, seed)
+    recipe = world.agent_recipes[role]
+    run = RunDirectory(directory, {"world": name, "seed": seed, "role": role, "recipe": asdict(recipe)})
+    started = time.process_time()
+    model, losses = pretrain(world, role, run=run)
+    with atomic_directory(directory / "agent", overwrite=True) as draft:
+        model.save_pretrained(draft, dtype=SAVE_DTYPE)
+    return {
+        "parameters": model.num_parameters,
+        "model_type": model.config.model_type,
+        "steps": len(losses),
+        "loss": sum(losses[-100:]) / len(losses[-100:]),
+        "cpu_seconds": round(time.process_time() - started, 1),
+    }
+
+
+def _watch(
+    world: World, jobs: dict[str, Future[dict[str, Any]]], directory: Path, progress: BuildProgress | None
+) -> None:
+    """Report the progress of every agent until all are done; the first that fails ends the build."""
+    while any(not job.done() for job in jobs.values()):
+        for role, job in jobs.items():
+            if job.done() and job.exception() is not None:
+                for other in jobs.values():
+                    other.cancel()
+                job.result()
+            _report(role, directory / "training" / role / "metrics.jsonl", world, progress)
+        time.sleep(_POLL_SECONDS)
+
+
+def _report(role: str, metrics: Path, world: World, progress: BuildProgress | None) -> None:
+    if progress is None or not metrics.exists():
+        return
+    last = metrics.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[2]
+    if last.endswith("}"):
+        record = json.loads(last)
+        progress(role, record["step"], world.agent_recipes[role].num_train_steps, record)
