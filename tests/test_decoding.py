@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tests.conftest import make_model
 from torch import Tensor
 
 from recursivemas.cache import LatentCache
 from recursivemas.decoding import Reply, SamplingParams, decode, decode_steps, make_reply
 from recursivemas.errors import ConfigError
 from recursivemas.models import LanguageModel
-from tests.conftest import make_model
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import make_model
 from torch import Tensor
 
 from recursivemas.agents import Agent, PrefixStore, Reading
@@ -16,7 +17,6 @@ from recursivemas.cache import LatentCache
 from recursivemas.decoding import SamplingParams
 from recursivemas.models import LanguageModel
 from recursivemas.system import RecursiveSystem, Result
-from tests.conftest import make_model
 
 TOLERANCE = 1e-4
 MakeSystem = Callable[..., RecursiveSystem]

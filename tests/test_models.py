@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import make_model, make_tokenizer
 
 from recursivemas.errors import ConfigError, InputError, ModelError
 from recursivemas.models import LanguageModel, choose_device, choose_dtype
-from tests.conftest import make_model, make_tokenizer
 
 
 @pytest.fixture(params=["qwen3", "llama", "qwen2"])

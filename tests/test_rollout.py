@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.conftest import make_model
 from torch import Tensor
 
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
 from recursivemas.rollout import latent_rollout, latent_rollout_reference
-from tests.conftest import make_model
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama", "qwen2", "mistral"])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.conftest import make_model
 
 from recursivemas.agents import Agent
 from recursivemas.decoding import SamplingParams
@@ -13,7 +14,6 @@ from recursivemas.errors import CheckpointError, ConfigError, InputError, Numeri
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
 from recursivemas.system import PlayedTurn, RecursiveSystem, Result, TextDelta
-from tests.conftest import make_model
 
 MakeSystem = Callable[..., RecursiveSystem]
 
@@ -219,17 +219,6 @@ def test_a_long_question_does_not_shorten_its_neighbours_replies(narrow: dict[st
     assert beside.text == alone.text
 
 
-def test_questions_that_fit_alone_fit_together(narrow: dict[str, LanguageModel]) -> None:
-    # One has a long prefix, the other reads a long message after it: padded, the batch is longer than the context.
-    words = {"name": "pair", "roles": {"asker": {"always": "{question} {latents:answerer}"}}}
-    words["roles"]["answerer"] = {"always": "{question} {latents:asker}"}
-    system = RecursiveSystem.build(agents=narrow, pattern=CHATTER, prompts=words, num_rounds=1, num_latent_steps=1)
-    long = question_of(narrow["asker"], 62)
-    options = {"channel": "both", "sampling": SamplingParams(max_new_tokens=60)}
-    alone = [system.run(question, **options).text for question in ("Why?", long)]
-    assert [result.text for result in system.run(["Why?", long], **options)] == alone
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -430,10 +419,11 @@ def test_no_round_at_all_is_refused(system: RecursiveSystem) -> None:
         system.run("Why?", num_rounds=0)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_whole_numbers_of_numpy_serve_as_dials(system: RecursiveSystem, tmp_path: Any) -> None:
     options = {"num_rounds": np.int64(1), "num_latent_steps": np.int32(2)}
-    with_unchecked = system.run("Why?", trace="full", trace_dir=tmp_path / "trace", **options)
-    assert with_unchecked.text == system.run("Why?", num_rounds=1, num_latent_steps=2).text
+    result = system.run("Why?", trace="full", trace_dir=tmp_path / "trace", **options)
+    assert result.text == system.run("Why?", num_rounds=1, num_latent_steps=2).text
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -36,6 +36,8 @@ from recursivemas.prompts import PromptSet
 BUNDLED = Path(__file__).parent / "bundled" / "systems"
 FORMAT_VERSION = 1
 MANIFEST = "system.json"
+_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
+"""Files that make up the parts of a system; any other (a README, say) may come and go."""
 
 
 class SystemSettings(Config):
@@ -55,7 +57,7 @@ class SystemSettings(Config):
 class AgentRecord(Config):
     """What is known of the model of one role."""
 
-    model: str = Field(pattern=r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+    model: str = Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
     """A Hugging Face name, or a directory below the manifest's."""
     local: bool
     model_type: str
@@ -126,7 +128,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"cannot download the system '{name}': {reason}") from None
@@ -200,10 +202,10 @@ def read_link(folder: Path, expected_sha256: str | None = None) -> RecursiveLink
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hash of all files of a folder, names and contents. Raises `CheckpointError` if one cannot be read."""
+    """Hash of the files of a part, names and contents. Raises `CheckpointError` if one cannot be read."""
     digest = hashlib.sha256()
     try:
-        for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+        for file in sorted(each for each in folder.rglob("*") if each.suffix in _SUFFIXES):
             digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as stream:
                 while chunk := stream.read(1 << 20):

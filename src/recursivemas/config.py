@@ -49,7 +49,7 @@ def override(settings: dict[str, Any], assignments: list[str]) -> dict[str, Any]
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise ConfigError(f"cannot read the setting '{assignment}': write it as key=value or section.key=value")
-        *sections, name = key.split(".")
+        *sections, name = (part.strip() for part in key.split("."))
         target = changed
         for section in sections:
             target = target.setdefault(section, {})

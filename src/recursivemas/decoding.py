@@ -46,6 +46,9 @@ class SamplingParams:
         ):
             if not fits:
                 raise ConfigError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+        for name in ("top_k", "max_new_tokens", "seed"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))
 
 
 @dataclass(frozen=True)

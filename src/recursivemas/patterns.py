@@ -12,6 +12,7 @@ an agent whose message nobody reads is not run.
 Knows roles and edges; knows nothing of words, tensors or models.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,12 @@ class Pattern(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "Pattern":
+        for role in self.roles:
+            if not re.fullmatch(r"[A-Za-z_]\w*", role):
+                raise PatternError(
+                    f"pattern '{self.name}': '{role}' cannot be a role; use letters, digits and underscores, like "
+                    "tool_caller"
+                )
         if len(set(self.roles)) != len(self.roles):
             raise PatternError(f"pattern '{self.name}' names a role twice in its stages: {', '.join(self.roles)}")
         for role in [self.answers, *(role for edge in self.graph for role in edge)]:

@@ -35,7 +35,7 @@ from recursivemas.errors import ConfigError, PatternError, choose
 
 BUNDLED = Path(__file__).parent / "bundled" / "prompts"
 
-_FIELD = re.compile(r"\{([a-zA-Z_]\w*)(?::([\w-]+))?\}")
+_FIELD = re.compile(r"\{([a-zA-Z_]\w*)(?::(\w+))?\}")
 
 
 class Slot(NamedTuple):

@@ -630,8 +630,8 @@ class RecursiveSystem:
         _check_whole("num_latent_steps", steps, 0, 100_000)
         self.prompts.variant(variant)
         return _Plan(
-            rounds,
-            steps,
+            int(rounds),
+            int(steps),
             choose_channels(self.settings.channel if channel is None else channel, self._edge_names),
             sampling or SamplingParams(max_new_tokens=self.settings.max_new_tokens),
             variant,

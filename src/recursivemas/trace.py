@@ -276,14 +276,15 @@ def _read_batch(file: Path) -> list[Trace]:
         records = content["traces"]
         traces = []
         for record in records:
-            messages = [
-                TracedMessage(
-                    **{name: value for name, value in entry.items() if name != "tensor"},
-                    latents=reader(entry["tensor"]),
-                )
-                for entry in record.pop("messages")
-            ]
+            messages = [_read_message(entry, reader(entry.pop("tensor"))) for entry in record.pop("messages")]
             traces.append(Trace(**record, messages=messages))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a trace that this version can read: {error!r}") from None
     return traces
+
+
+def _read_message(entry: dict[str, Any], latents: Callable[[], Tensor] | None) -> TracedMessage:
+    """A message as it was written; JSON knows no tuples."""
+    if entry["nearest"] is not None:
+        entry["nearest"] = [[(token, cosine) for token, cosine in each] for each in entry["nearest"]]
+    return TracedMessage(**entry, latents=latents)

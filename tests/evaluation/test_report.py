@@ -1,8 +1,6 @@
 """Reports: the numbers are those of the log, the page stands alone, and nothing a user wrote is taken for markup."""
 
 import html
-import io
-import itertools
 import json
 import math
 import re
@@ -11,15 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from rich.console import Console, RenderableType
+from tests.evaluation.conftest import make_story, render
 
 from recursivemas.errors import OutputError
 from recursivemas.evaluation import report
 from recursivemas.evaluation.runner import Answer, Arm, EvalLog, evaluate, plan_arms
 from recursivemas.evaluation.scorers import exact, posterior
+from recursivemas.evaluation.story import Story, story_text, tell
 from recursivemas.evaluation.task import Sample, Task
-from recursivemas.system import RecursiveSystem, Result
-from recursivemas.trace import Trace, TracedMessage, TurnUsage, Usage
+from recursivemas.system import RecursiveSystem
 
 LATENT, TEXT = Arm("latent", 2), Arm("text", 2, "short")
 
@@ -57,26 +55,7 @@ def full_log() -> EvalLog:
     return make_log(scores, {1: 0.8, 2: 0.9})
 
 
-def make_story(question: str = "Who is it?", token: str = "fox", text: str | None = "a fox, perhaps") -> report.Story:
-    """A story of one hand-off, with the given words in it."""
-
-    def result(messages: list[TracedMessage]) -> Result:
-        usage = Usage([TurnUsage(1, "solver", generated_tokens=3, latent_steps=2)])
-        return Result(token, usage, Trace("summary", question, {"variant": "short"}, messages))
-
-    nearest = [[(token, 0.75), ("dog", 0.5)], [("river", 1.0), ("dawn", -0.25)]]
-    latents = result([TracedMessage(1, "planner", "solver", norms=[0.5, 1.25], nearest=nearest)])
-    written = result([TracedMessage(1, "planner", "solver", text=text)]) if text is not None else None
-    return report.Story(question, token, "", latents, written)
-
-
-def render(view: RenderableType, width: int = 140) -> str:
-    console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(view)
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def write_page(log: EvalLog, directory: Path, story: report.Story | None = None, **words: str) -> str:
+def write_page(log: EvalLog, directory: Path, story: Story | None = None, **words: str) -> str:
     file = report.write_html(log, story, directory, **{"title": "A title", **words})
     assert file == directory / "report.html"
     return file.read_text(encoding="utf-8")
@@ -310,7 +289,7 @@ def test_page_folds_long_messages(tmp_path: Path) -> None:
     message.nearest = [[(f"word{number}", 0.5)] for number in range(20)]
     page = write_page(make_log({LATENT: [0.5, 0.4]}), tmp_path, story)
     assert page.index("word11") < page.index("<summary>8 more</summary>") < page.index("word12")
-    assert "The first 4 of 20 latents" in render(report.story_text(story))
+    assert "The first 4 of 20 latents" in render(story_text(story))
 
 
 def test_page_says_what_was_cut_off(full_log: EvalLog, tmp_path: Path) -> None:
@@ -320,67 +299,13 @@ def test_page_says_what_was_cut_off(full_log: EvalLog, tmp_path: Path) -> None:
     assert "cut<br>off" in write_page(full_log, tmp_path)
 
 
-@pytest.mark.parametrize("heights", [[], [0.5], [0.5, 0.5, 0.5], [0.1, 0.9, 0.11, 0.12], [0.3, 0.2, 0.1]])
-def test_names_of_lines_never_overlap(heights: list[float]) -> None:
-    placed = report._spread(heights, 0.05)
-    order = sorted(range(len(heights)), key=lambda index: heights[index])
-    assert all(placed[b] - placed[a] >= 0.05 - 1e-9 for a, b in itertools.pairwise(order))
-    assert sum(placed) == pytest.approx(sum(heights))
-
-
-def test_names_of_lines_that_have_room_stay() -> None:
-    assert report._spread([0.9, 0.1, 0.12], 0.05) == pytest.approx([0.9, 0.085, 0.135])
-
-
-# --- a story ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sample(questions: list[str]) -> Sample:
-    return Sample(id="a", question=questions[1], target="14", metadata={})
-
-
-def test_tell_runs_latent_text_and_solo_with_what_was_passed_on(system: RecursiveSystem, sample: Sample) -> None:
-    story = report.tell(system, sample, rounds=2)
-    assert list(story.results) == list(story.scores) == ["latent", "text", "solo"]
-    assert story.latent.text == system.run(sample.question, num_rounds=2, channel="latent").text
-    assert story.text is not None
-    passages = story.passages()
-    assert {round: [message.source for message, _ in each] for round, each in passages.items()} == {
-        1: ["planner", "critic", "solver"],
-        2: ["planner", "critic"],
-    }
-    for round, each in passages.items():
-        for message, text in each:
-            assert message.nearest is not None
-            assert len(message.nearest) == len(message.norms or []) == 4
-            assert text == story.text.trace.find(round, message.source, message.target).text
-
-
-def test_tell_scores_by_the_posterior_where_there_is_one(system: RecursiveSystem, sample: Sample) -> None:
-    known = {"posterior": {"fox": 0.75, "dog": 0.25}, "optimum": {1: 0.25, 2: 0.75, 3: 0.8}}
-    story = report.tell(system, Sample(id="a", question=sample.question, target="fox", metadata=known), rounds=2)
-    assert story.scores["latent"] == posterior(story.latent.text, "fox", known)
-    assert "fox .75, dog .25" in story.optimum_note
-    assert ".25 after one round, .75 after two rounds." in story.optimum_note
-    plain = report.tell(system, sample, rounds=1, scorer=exact)
-    assert plain.scores["solo"] == exact(plain.results["solo"].text, sample.target, {})
-    assert plain.optimum_note == ""
-
-
-def test_tell_leaves_solo_out_where_the_prompts_have_no_words_for_it(system: RecursiveSystem, sample: Sample) -> None:
-    roles = {**system.prompts.roles, "solver": system.prompts.roles["solver"].model_copy(update={"solo": None})}
-    system.prompts = system.prompts.model_copy(update={"roles": roles})
-    assert report.tell(system, sample, rounds=1).solo is None
-
-
 def test_a_real_evaluation_and_its_story_become_a_page(
     system: RecursiveSystem, questions: list[str], tmp_path: Path
 ) -> None:
     samples = [Sample(id=str(i), question=question, target="yes") for i, question in enumerate(questions[:3])]
     task = Task(name="toy", samples=samples, scorer=exact)
     log = evaluate(system, task, plan_arms(["latent", "text"], [1], []), num_latent_steps=2, batch_size=3)
-    story = report.tell(system, samples[1], rounds=1, scorer=exact, num_latent_steps=2)
+    story = tell(system, samples[1], rounds=1, scorer=exact, num_latent_steps=2)
     page = write_page(log, tmp_path, story)
     Elements(page)
     words = html.unescape(page)
@@ -388,10 +313,3 @@ def test_a_real_evaluation_and_its_story_become_a_page(
         for tokens in message.nearest or []:
             assert all(f"<b>{token}</b>" in words for token, _ in tokens)
     assert json.loads(report.write_json(log, tmp_path).read_text(encoding="utf-8"))["n"] == 3
-
-
-def test_story_text_shows_tokens_and_takes_nothing_for_markup() -> None:
-    shown = render(report.story_text(make_story("[bold]Who[/bold]?", "[red]", "[/]")))
-    for expected in ("[bold]Who[/bold]?", "planner → solver", "[red] .75", "river 1.00", "[/]", "text/short"):
-        assert expected in shown
-    assert "latent" in render(report.story_text(make_story(text=None)), width=60)

@@ -12,8 +12,8 @@ from recursivemas.errors import ConfigError
 from recursivemas.models import LanguageModel
 from recursivemas.prompts import PromptSet
 from recursivemas.training.data import encode_turns
+from recursivemas.worlds.pretraining import reply_loss
 from recursivemas.worlds.ward import Ward, curriculum
-from recursivemas.worlds.ward.agents import reply_loss
 from recursivemas.worlds.ward.cases import (
     COLUMN,
     DISEASES,

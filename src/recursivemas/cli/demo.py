@@ -36,7 +36,7 @@ def demo(
 
     [bold]Example:[/bold] recursivemas demo -n 500
     """
-    from recursivemas.evaluation import report
+    from recursivemas.evaluation import report, story
     from recursivemas.evaluation.runner import evaluate, plan_arms
     from recursivemas.system import RecursiveSystem
 
@@ -49,15 +49,15 @@ def demo(
         # A demo that was shown to its end starts anew; one that was stopped goes on.
         finished.unlink()
         journal.unlink(missing_ok=True)
-    story = report.tell(system, task.samples[0], rounds=max(rounds))
+    told = story.tell(system, task.samples[0], rounds=max(rounds))
     if not as_json:
-        out.print(report.story_text(story))
+        out.print(story.story_text(told))
     arms = plan_arms(ARMS, rounds, list(system.prompts.variants))
     log = watch(
         lambda show: evaluate(system, task, arms, batch_size=batch_size, seed=seed, journal=journal, progress=show),
         task,
     )
-    report.write_html(log, story, output, title="recursivemas demo", intro=INTRO)
+    report.write_html(log, told, output, title="recursivemas demo", intro=INTRO)
     report.write_json(log, output)
     if as_json:
         print_json(log.to_dict())

@@ -70,7 +70,7 @@ def evaluate(
     [bold]Example:[/bold] recursivemas eval ward --task ward -n 2000 --arms latent,text,solo
     """
     from recursivemas.decoding import SamplingParams
-    from recursivemas.evaluation import report
+    from recursivemas.evaluation import report, story
     from recursivemas.evaluation.runner import evaluate as run_arms
     from recursivemas.evaluation.runner import plan_arms
     from recursivemas.system import RecursiveSystem
@@ -110,7 +110,7 @@ def evaluate(
         ),
         job,
     )
-    story = report.tell(
+    told = story.tell(
         loaded,
         job.samples[0],
         rounds=max(chosen),
@@ -119,7 +119,7 @@ def evaluate(
         num_latent_steps=latent_steps,
     )
     report.write_json(log, place)
-    report.write_html(log, story, place, title=f"{log.system} on {job.name}")
+    report.write_html(log, told, place, title=f"{log.system} on {job.name}")
     if as_json:
         print_json(log.to_dict())
         return

@@ -143,4 +143,4 @@ def train_alignment(
     with torch.no_grad():
         after = alignment_loss(link, features, targets).item()
         cosine = functional.cosine_similarity(link(features), targets, dim=-1).mean().item()
-    return {"pairs": len(features), "loss_solved": solved, "loss_after": after, "cosine_after": cosine}
+    return {"pairs": float(len(features)), "loss_solved": solved, "loss_after": after, "cosine_after": cosine}

@@ -104,4 +104,4 @@ def train_inner(
         link.calibrate(states, target_norm)
     with torch.no_grad():
         after = cosine_loss(link(states), targets).item()
-    return {"pairs": len(states), "loss_before": before, "loss_after": after}
+    return {"pairs": float(len(states)), "loss_before": before, "loss_after": after}

@@ -14,7 +14,7 @@ from pydantic import Field
 from recursivemas.config import Config
 from recursivemas.errors import ConfigError, choose
 from recursivemas.links import DEFAULT_DESIGN
-from recursivemas.patterns import Edge
+from recursivemas.patterns import Edge, Pattern
 from recursivemas.system import RecursiveSystem
 from recursivemas.training.alignment import AlignmentSettings, alignment_pairs, train_alignment
 from recursivemas.training.data import RoleSample, Turn, encode_turns
@@ -112,7 +112,9 @@ def train(
     number = max(recipe.inner.num_samples, recipe.alignment.num_samples)
     turns: dict[str, list[Turn]] = {}
     for role, agent in system.agents.items():
-        turns[role] = encode_turns(samples_of(role, number), agent.model, system.prompts)
+        # Where the answering role speaks, it does not think: those turns are left out.
+        samples = [each for each in samples_of(role, number) if not _speaks(each, system.pattern)]
+        turns[role] = encode_turns(samples, agent.model, system.prompts)
     if "inner" in stages or _is_begun(run, "inner"):
         for role, agent in system.agents.items():
             chosen = turns[role][: recipe.inner.num_samples]
@@ -135,6 +137,10 @@ def train(
     for role, agent in system.agents.items():
         assert agent.model.fingerprint() == fingerprints[role], f"the frozen model of the {role} changed in training"
     return reports
+
+
+def _speaks(sample: RoleSample, pattern: Pattern) -> bool:
+    return sample.role == pattern.answers and (sample.solo or sample.round == sample.num_rounds)
 
 
 def _is_begun(run: RunDirectory | None, stage: str) -> bool:

@@ -6,7 +6,7 @@ A world is a class with a name, the roles that live in it, a pattern and prompts
     optimum(samples, num_rounds)                   the best score any system can reach in that many rounds
     role_samples(split, num_samples, seed, role=)  turns of a role, for the training of links
     pretraining_batch(role, rng, size)             the text its agent is pretrained on
-    agent_recipes, tokenizer(role)                 how its agents are made
+    agent_recipes, pretrain(role)                  how its agents are made
 
 Another seed is another world. A world knows nothing of links.
 """
@@ -14,11 +14,12 @@ Another seed is another world. A world knows nothing of links.
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from recursivemas.errors import ConfigError, choose
 from recursivemas.evaluation.task import Sample
+from recursivemas.models import LanguageModel
 from recursivemas.training.data import RoleSample
+from recursivemas.training.loop import Progress, RunDirectory
 
 
 @runtime_checkable
@@ -48,8 +49,10 @@ class World(Protocol):
     def pretraining_batch(self, role: str, rng: np.random.Generator, size: int) -> list[RoleSample]:
         """A batch of the text that the agent of a role is made of."""
 
-    def tokenizer(self, role: str) -> PreTrainedTokenizerBase:
-        """The tokenizer of the agent of a role."""
+    def pretrain(
+        self, role: str, *, run: RunDirectory | None = None, progress: Progress | None = None
+    ) -> LanguageModel:
+        """Make the agent of a role from nothing."""
 
 
 def world_names() -> tuple[str, ...]:

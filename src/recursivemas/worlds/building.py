@@ -19,16 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from recursivemas.checkpoint import atomic_directory
 from recursivemas.errors import OutputError
 from recursivemas.models import LanguageModel
-from recursivemas.prompts import PromptSet
 from recursivemas.system import RecursiveSystem
-from recursivemas.training.data import RoleSample, encode_turns
-from recursivemas.training.loop import LoopSettings, Progress, RunDirectory, fit, write_atomically
+from recursivemas.training.loop import RunDirectory, write_atomically
 from recursivemas.worlds import World, load_world
 
 SAVE_DTYPE = "float16"
@@ -74,48 +70,6 @@ def build(
     return summary
 
 
-def pretrain(
-    world: World, role: str, *, run: RunDirectory | None = None, progress: Progress | None = None
-) -> tuple[LanguageModel, list[float]]:
-    """Make the agent of a role from nothing; return it with the loss of every step."""
-    recipe = world.agent_recipes[role]
-    model = LanguageModel.from_config(recipe.config, world.tokenizer(role), seed=recipe.seed, device="cpu")
-    prompts = PromptSet.load(world.prompts)
-    settings = LoopSettings(
-        num_train_steps=recipe.num_train_steps,
-        lr=recipe.lr,
-        warmup_steps=recipe.warmup_steps,
-        min_lr_ratio=recipe.min_lr_ratio,
-        weight_decay=recipe.weight_decay,
-        betas=recipe.betas,
-        max_grad_norm=recipe.max_grad_norm,
-        log_every=20,
-        save_every=200,
-    )
-
-    def loss_of_step(step: int) -> Tensor:
-        rng = np.random.default_rng([world.seed, recipe.seed, world.roles.index(role), step])
-        return text_loss(model, prompts, world.pretraining_batch(role, rng, recipe.batch_size))
-
-    losses = fit(
-        "pretraining", dict(model.network.named_parameters()), loss_of_step, settings, run=run, progress=progress
-    )
-    return model, losses
-
-
-def text_loss(model: LanguageModel, prompts: PromptSet, samples: list[RoleSample]) -> Tensor:
-    """Cross-entropy of what a role writes, mean over the tokens of a batch."""
-    turns = encode_turns(samples, model, prompts)
-    replies = [[*turn.target_ids, model.reply_end_id] for turn in turns]
-    input_ids, mask = model.pad([[*turn.prompt_ids, *reply] for turn, reply in zip(turns, replies, strict=True)])
-    labels = torch.full_like(input_ids, -100)
-    for row, reply in enumerate(replies):
-        labels[row, -len(reply) :] = input_ids[row, -len(reply) :]
-    states = model.states(input_ids, mask)[:, :-1]
-    wanted = labels[:, 1:] != -100
-    return functional.cross_entropy(model.logits(states[wanted]), labels[:, 1:][wanted])
-
-
 def write_data(world: World, directory: Path) -> None:
     """Questions of every split, and a sample of every agent's text, as JSON Lines."""
     try:
@@ -141,14 +95,14 @@ def _pretrain_in_process(name: str, seed: int, role: str, directory: Path) -> di
     recipe = world.agent_recipes[role]
     run = RunDirectory(directory, {"world": name, "seed": seed, "role": role, "recipe": asdict(recipe)})
     started = time.process_time()
-    model, losses = pretrain(world, role, run=run)
+    model = world.pretrain(role, run=run)
     with atomic_directory(directory / "agent", overwrite=True) as draft:
         model.save_pretrained(draft, dtype=SAVE_DTYPE)
     return {
         "parameters": model.num_parameters,
         "model_type": model.config.model_type,
-        "steps": len(losses),
-        "loss": sum(losses[-100:]) / len(losses[-100:]),
+        "steps": recipe.num_train_steps,
+        "loss": _last_record(directory / "metrics.jsonl")["loss"],
         "cpu_seconds": round(time.process_time() - started, 1),
     }
 
@@ -168,9 +122,13 @@ def _watch(
 
 
 def _report(role: str, metrics: Path, world: World, progress: BuildProgress | None) -> None:
-    if progress is None or not metrics.exists():
-        return
-    last = metrics.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[2]
-    if last.endswith("}"):
-        record = json.loads(last)
+    if progress is not None and metrics.exists():
+        record = _last_record(metrics)
         progress(role, record["step"], world.agent_recipes[role].num_train_steps, record)
+
+
+def _last_record(metrics: Path) -> dict[str, Any]:
+    """The last line of a metrics file that has been written to its end."""
+    whole = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    record: dict[str, Any] = json.loads(whole[-1]) if whole else {"step": 0, "loss": float("nan")}
+    return record

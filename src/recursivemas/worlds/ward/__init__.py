@@ -16,11 +16,12 @@ from recursivemas.models import LanguageModel
 from recursivemas.prompts import PromptSet
 from recursivemas.training.data import RoleSample
 from recursivemas.training.loop import Progress, RunDirectory
+from recursivemas.worlds.pretraining import AgentRecipe, pretrain
 from recursivemas.worlds.ward import curriculum
-from recursivemas.worlds.ward.agents import AGENT_RECIPES, AgentRecipe, build_tokenizer, pretrain
+from recursivemas.worlds.ward.agents import AGENT_RECIPES, build_tokenizer
 from recursivemas.worlds.ward.cases import DISEASES, FINDINGS, NUM_ROUNDS, ROLES, VARIANTS, Cases, CaseWorld, case_text
 
-__all__ = ["AgentRecipe", "CaseWorld", "Ward"]
+__all__ = ["CaseWorld", "Ward"]
 
 
 class Ward:

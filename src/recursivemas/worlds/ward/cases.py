@@ -51,9 +51,10 @@ UNKNOWN = 4
 NUM_ROUNDS = 3
 """Further rounds uncover nothing new."""
 
-REREAD: dict[Variant, float] = {"short": 0.4, "graded": 0.0}
-"""How much a role counts its own direct findings again when a later note reaches it: a short note has lost most of what
-was said before, a graded one keeps it."""
+REREAD: dict[Variant, float] = {"short": 0.4, "graded": 0.4}
+"""How much a role counts its own direct findings again when a later note reaches it, since a note has lost some of what
+was said before. Text gets the weight that is best for it: on training cases, graded notes by the book reach .707 in the
+third round with 0, .729 with .2, .734 with .4, .726 with .6."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,252 @@
+"""The runner: which arms there are, that each answers as the system would, and that a stopped run goes on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recursivemas.decoding import SamplingParams
+from recursivemas.errors import ConfigError, OutputError
+from recursivemas.evaluation.runner import Arm, EvalLog, evaluate, plan_arms
+from recursivemas.evaluation.scorers import Score
+from recursivemas.evaluation.task import Sample, Task
+from recursivemas.system import RecursiveSystem
+
+SAMPLING = SamplingParams(max_new_tokens=3)
+
+
+def length(text: str, target: str, metadata: Any) -> Score:
+    """Any scorer: longer answers are better ones."""
+    return Score(min(len(text) / 20, 1.0), text or None, "its length")
+
+
+@pytest.fixture
+def task(questions: list[str]) -> Task:
+    samples = [Sample(id=f"q{i}", question=question, target="") for i, question in enumerate(questions)]
+    return Task(name="toy", samples=samples, scorer=length, instructions="Be brief.")
+
+
+@pytest.fixture
+def system(make_system: Callable[..., RecursiveSystem]) -> RecursiveSystem:
+    return make_system(num_latent_steps=2)
+
+
+def without_seconds(log: EvalLog) -> dict[str, list[dict[str, Any]]]:
+    return {
+        str(arm): [{**asdict(answer), "seconds": 0} for answer in answers] for arm, answers in log.answers.items()
+    }
+
+
+# Planning
+
+
+def test_controls_run_once_and_text_once_for_each_wording() -> None:
+    arms = plan_arms(["latent", "text", "solo", "none", "shuffled"], [1, 3], ["short", "long"])
+    assert [str(arm) for arm in arms] == [
+        "latent r=1",
+        "latent r=3",
+        "text/short r=1",
+        "text/long r=1",
+        "text/short r=3",
+        "text/long r=3",
+        "solo r=1",
+        "none r=3",
+        "shuffled r=3",
+    ]
+
+
+def test_an_arm_is_planned_once_however_often_it_is_named() -> None:
+    assert plan_arms(["latent", "latent", "solo", "solo"], [2, 2], []) == [Arm("latent", 2), Arm("solo", 1)]
+
+
+def test_an_unknown_arm_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown arm 'latnet': did you mean 'latent'"):
+        plan_arms(["latnet"], [1], [])
+
+
+def test_latent_is_compared_with_the_others_of_its_rounds_and_with_solo(task: Task) -> None:
+    arms = plan_arms(["latent", "text", "solo", "none"], [1, 3], [])
+    log = EvalLog("x", task, 2, 0, {arm: [] for arm in arms})
+    assert [(str(a), str(b)) for a, b in log.pairs()] == [
+        ("latent r=1", "text r=1"),
+        ("latent r=1", "solo r=1"),
+        ("latent r=3", "text r=3"),
+        ("latent r=3", "solo r=1"),
+        ("latent r=3", "none r=3"),
+    ]
+
+
+# Answering
+
+
+def test_every_arm_answers_as_the_system_does(system: RecursiveSystem, task: Task) -> None:
+    names = ["latent", "text", "both", "solo", "none", "zero", "shuffled", "random-link"]
+    log = evaluate(system, task, plan_arms(names, [2], []), sampling=SAMPLING, batch_size=2, seed=3)
+    asked = [sample.question for sample in task.samples]
+    options = {"num_rounds": 2, "sampling": SAMPLING, "instructions": "Be brief."}
+    expected = {
+        "latent": system.run(asked, **options),
+        "text": system.run(asked, channel="text", **options),
+        "both": system.run(asked, channel="both", **options),
+        "solo": system.solo().run(asked, **{**options, "num_rounds": 1}),
+        "none": system.run(asked, channel="none", **options),
+        "zero": system.run(asked, intervene="zero", **options),
+        "shuffled": system.run(asked, intervene="shuffled", seed=3, **options),
+        "random-link": system.with_random_links(3).run(asked, **options),
+    }
+    for arm, answers in log.answers.items():
+        assert [answer.text for answer in answers] == [result.text for result in expected[arm.name]], arm
+        assert [answer.id for answer in answers] == [sample.id for sample in task.samples]
+        for answer, result in zip(answers, expected[arm.name], strict=True):
+            assert answer.score == min(len(result.text) / 20, 1.0)
+            assert answer.generated_tokens == result.usage.generated_tokens
+            assert answer.positions > 0
+
+
+def test_a_report_is_plain_data_with_errors_and_costs(system: RecursiveSystem, task: Task) -> None:
+    log = evaluate(system, task, plan_arms(["latent", "text"], [1], []), sampling=SAMPLING)
+    report = json.loads(json.dumps(log.to_dict(), allow_nan=False))
+    latent, text = report["arms"]
+    scores = [answer.score for answer in log.answers[Arm("latent", 1)]]
+    assert latent["accuracy"] == pytest.approx(sum(scores) / 5)
+    assert (latent["latent_steps"], latent["latent_steps_total"], text["latent_steps"]) == (2, 4, 0)
+    assert latent["generated_tokens"] == 3
+    assert text["generated_tokens"] == 9
+    [comparison] = report["comparisons"]
+    assert (comparison["a"], comparison["b"]) == ("latent", "text")
+    assert comparison["token_reduction"] == pytest.approx(2 / 3)
+    assert report["n"] == 5
+
+
+def test_a_report_on_one_question_has_no_nan(system: RecursiveSystem, task: Task) -> None:
+    one = replace(task, samples=task.samples[:1])
+    log = evaluate(system, one, plan_arms(["latent", "none"], [1], []), sampling=SAMPLING)
+    report = json.loads(json.dumps(log.to_dict(), allow_nan=False))
+    assert report["arms"][0]["stderr"] is None
+    assert report["comparisons"][0]["p_value"] is None
+
+
+def test_unscorable_and_cut_answers_are_counted(system: RecursiveSystem, task: Task) -> None:
+    blind = replace(task, scorer=lambda text, target, metadata: Score(0.0, None, "nothing"))
+    log = evaluate(system, blind, [Arm("none", 1)], sampling=SAMPLING)
+    [arm] = log.to_dict()["arms"]
+    assert (arm["unscorable"], arm["cut"]) == (1, 1)
+
+
+# Going on
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(number: int) -> Callable[..., None]:
+    def progress(done: int, total: int, answers: Any) -> None:
+        if done == number:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("stopped_after", [1, 4, 7])
+def test_a_stopped_run_goes_on_and_gives_the_same_log(
+    system: RecursiveSystem, task: Task, tmp_path: Path, stopped_after: int
+) -> None:
+    arms = plan_arms(["latent", "none", "shuffled"], [1], [])
+    options = {"sampling": SAMPLING, "batch_size": 2}
+    whole = evaluate(system, task, arms, journal=tmp_path / "whole.jsonl", **options)
+    journal = tmp_path / "stopped.jsonl"
+    with pytest.raises(Stopped):
+        evaluate(system, task, arms, journal=journal, progress=stop_after(stopped_after), **options)
+    kept = journal.read_text()
+    resumed = evaluate(system, task, arms, journal=journal, **options)
+    assert without_seconds(resumed) == without_seconds(whole)
+    # What was there is there still, seconds and all, and nothing came twice.
+    assert journal.read_text().startswith(kept)
+    assert len(journal.read_text().splitlines()) == 1 + 3 * len(task.samples)
+    # A third time nothing is left to do.
+    again = evaluate(system, task, arms, journal=journal, **options)
+    assert again.answers == resumed.answers
+
+
+@pytest.mark.parametrize("left", [0.3, 0.6, 0.95])
+def test_a_run_killed_in_the_middle_of_a_line_goes_on(
+    system: RecursiveSystem, task: Task, tmp_path: Path, left: float
+) -> None:
+    arms = [Arm("latent", 1), Arm("none", 1)]
+    journal = tmp_path / "journal.jsonl"
+    whole = evaluate(system, task, arms, sampling=SAMPLING, batch_size=2, journal=journal)
+    text = journal.read_text()
+    journal.write_text(text[: int(len(text) * left)])
+    resumed = evaluate(system, task, arms, sampling=SAMPLING, batch_size=2, journal=journal)
+    assert without_seconds(resumed) == without_seconds(whole)
+    known = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    assert len({(each["arm"], each["id"]) for each in known}) == 10
+
+
+def test_a_run_killed_in_its_first_line_starts_anew(system: RecursiveSystem, task: Task, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    for beginning in ("", '{"num_latent'):
+        journal.write_text(beginning)
+        log = evaluate(system, task, [Arm("none", 1)], sampling=SAMPLING, journal=journal)
+        assert len(log.answers[Arm("none", 1)]) == 5
+        assert len(journal.read_text().splitlines()) == 6
+
+
+def retrain(system: RecursiveSystem) -> RecursiveSystem:
+    return system.with_random_links(9)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda system, task: (system, task, {"seed": 1}),
+        lambda system, task: (system, task, {"num_latent_steps": 3}),
+        lambda system, task: (system, task, {"sampling": SamplingParams(max_new_tokens=4)}),
+        lambda system, task: (system, replace(task, instructions="Be long."), {}),
+        lambda system, task: (system, replace(task, samples=task.samples[:4]), {}),
+        lambda system, task: (
+            system,
+            replace(task, samples=[*task.samples[:4], replace(task.samples[4], question="Another?")]),
+            {},
+        ),
+        lambda system, task: (
+            system,
+            replace(task, samples=[*task.samples[:4], replace(task.samples[4], target="9")]),
+            {},
+        ),
+        lambda system, task: (retrain(system), task, {}),
+    ],
+)
+def test_a_journal_of_another_evaluation_is_refused_and_untouched(
+    system: RecursiveSystem, task: Task, tmp_path: Path, change: Callable[..., Any]
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    evaluate(system, task, [Arm("none", 1)], sampling=SAMPLING, journal=journal)
+    before = journal.read_text()
+    other_system, other_task, options = change(system, task)
+    with pytest.raises(OutputError, match="belongs to an evaluation with other settings"):
+        evaluate(other_system, other_task, [Arm("none", 1)], journal=journal, **{"sampling": SAMPLING, **options})
+    assert journal.read_text() == before
+
+
+@pytest.mark.parametrize("content", [b"years of work\n", b"\xff\xfe\n", b"[1]\n"])
+def test_a_file_that_is_no_journal_is_refused_and_untouched(
+    system: RecursiveSystem, task: Task, tmp_path: Path, content: bytes
+) -> None:
+    journal = tmp_path / "thesis.txt"
+    journal.write_bytes(content)
+    with pytest.raises(OutputError, match=r"thesis\.txt"):
+        evaluate(system, task, [Arm("none", 1)], sampling=SAMPLING, journal=journal)
+    assert journal.read_bytes() == content
+
+
+def test_a_journal_that_cannot_be_written_is_an_output_error(
+    system: RecursiveSystem, task: Task, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        evaluate(system, task, [Arm("none", 1)], sampling=SAMPLING, journal=tmp_path / "file" / "journal.jsonl")
