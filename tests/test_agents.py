@@ -146,4 +146,6 @@ def test_a_row_that_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="with its thoughts, needs 1.. positions"):
         agent.think(agent.read([("Why? ",)], {}), 100)
     with pytest.raises(InputError, match="with a reply, needs 65"):
-        agent.speak(agent.read([("", Slot("planner"))], {"planner": Message(latents(agent, 1, 64))}), SamplingParams(), [""])
+        agent.speak(
+            agent.read([("", Slot("planner"))], {"planner": Message(latents(agent, 1, 64))}), SamplingParams(), [""]
+        )

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tests.conftest import make_model
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from recursivemas.cache import LatentCache
 from recursivemas.errors import ModelError
 from recursivemas.models import LanguageModel
-from tests.conftest import make_model
 
 WINDOW = 8
 
@@ -69,7 +69,9 @@ def test_selected_rows_go_on_as_if_alone(model: LanguageModel, rows: list[int]) 
     assert selected.batch_size == len(rows)
     assert close(model.step(selected, more), uncached(model, torch.cat([start[rows], more], dim=1))[:, -4:])
     # The cache it was taken from is as it was.
-    assert close(model.step(cache, draw(model, 3, 1)), uncached(model, torch.cat([start, draw(model, 3, 1)], 1))[:, -1:])
+    assert close(
+        model.step(cache, draw(model, 3, 1)), uncached(model, torch.cat([start, draw(model, 3, 1)], 1))[:, -1:]
+    )
 
 
 # Pairs of lengths around the window: both below, one on each side, both above, and very unequal.

@@ -101,7 +101,9 @@ def test_half_precision_on_disk_is_rounded_and_smaller(
 ) -> None:
     for name, option in (("whole", None), ("half", dtype)):
         system.save_pretrained(tmp_path / name, dtype=option)
-    sizes = [(tmp_path / name / "links/critic-to-solver/model.safetensors").stat().st_size for name in ("whole", "half")]
+    sizes = [
+        (tmp_path / name / "links/critic-to-solver/model.safetensors").stat().st_size for name in ("whole", "half")
+    ]
     assert sizes[1] < 0.6 * sizes[0]
     loaded = RecursiveSystem.from_pretrained(tmp_path / "half", device="cpu")
     for name, link in system.all_links.items():
@@ -138,7 +140,14 @@ def test_the_manifest_explains_itself(saved: Path) -> None:
     assert content["format_version"] == 1
     assert content["agents"]["critic"]["model_type"] == "llama"
     assert content["agents"]["critic"]["hidden_size"] == 64
-    assert set(content["links"]) == {"planner", "critic", "solver", "planner->critic", "critic->solver", "solver->planner"}
+    assert set(content["links"]) == {
+        "planner",
+        "critic",
+        "solver",
+        "planner->critic",
+        "critic->solver",
+        "solver->planner",
+    }
 
 
 def test_nothing_in_a_saved_system_is_pickled(saved: Path) -> None:
@@ -216,7 +225,10 @@ LINK, AGENT = "links/critic-to-solver", "agents/planner"
         (remove(f"{AGENT}/tokenizer.json"), AGENT),
         (remove(AGENT), AGENT),
         (in_manifest(lambda m: m["agents"]["planner"].update(tokenizer_sha256="0")), "planner.*tokenizer_sha256"),
-        (in_manifest(lambda m: m["agents"]["planner"].update(hidden_size=99)), "planner.*hidden_size is 48, expected 99"),
+        (
+            in_manifest(lambda m: m["agents"]["planner"].update(hidden_size=99)),
+            "planner.*hidden_size is 48, expected 99",
+        ),
         (in_manifest(lambda m: m["agents"]["planner"].update(model="../elsewhere")), r"\.\./elsewhere"),
         (in_manifest(lambda m: m["links"]["planner"].update(folder="../elsewhere")), r"\.\./elsewhere.*outside"),
         (in_manifest(lambda m: m["links"]["planner"].update(folder="/etc")), r"/etc.*outside"),
@@ -252,9 +264,7 @@ def test_a_damaged_system_is_refused_by_the_name_of_the_part(
 def reseal(directory: Path, name: str) -> None:
     """Write the hash of a link that was changed into the manifest: what somebody does who puts a system together."""
     folder = checkpoint.link_folder(name)
-    change_manifest(
-        directory, lambda m: m["links"][name].update(sha256=checkpoint.folder_sha256(directory / folder))
-    )
+    change_manifest(directory, lambda m: m["links"][name].update(sha256=checkpoint.folder_sha256(directory / folder)))
 
 
 def test_a_link_of_another_pair_is_refused_by_its_widths(saved: Path) -> None:
@@ -315,9 +325,7 @@ def test_a_directory_without_a_manifest_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("occupant", ["file", "directory"])
-def test_a_place_that_is_taken_is_refused_and_untouched(
-    system: RecursiveSystem, tmp_path: Path, occupant: str
-) -> None:
+def test_a_place_that_is_taken_is_refused_and_untouched(system: RecursiveSystem, tmp_path: Path, occupant: str) -> None:
     place = tmp_path / "taken"
     if occupant == "directory":
         place.mkdir()

@@ -9,7 +9,11 @@ from recursivemas.errors import RecursiveMASError, choose
 
 
 def test_every_error_is_in_the_tree_that_the_module_draws() -> None:
-    classes = {name: each for name, each in vars(errors).items() if inspect.isclass(each) and each.__module__ == errors.__name__}
+    classes = {
+        name: each
+        for name, each in vars(errors).items()
+        if inspect.isclass(each) and each.__module__ == errors.__name__
+    }
     drawn = [line.split("── ")[1].split()[0] for line in errors.__doc__.splitlines() if "── " in line]
     assert {"RecursiveMASError", *drawn} == set(classes)
     assert all(issubclass(each, RecursiveMASError) for each in classes.values())

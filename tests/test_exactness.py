@@ -169,16 +169,16 @@ def test_latents_and_answers_do_not_depend_on_the_batch(
     assert_exact(system, questions, num_rounds=num_rounds, num_latent_steps=num_latent_steps)
 
 
-@pytest.mark.parametrize(("channel", "num_rounds"), [("text", 1), ("text", 3), ("both", 2), ("none", 3)])
+@pytest.mark.parametrize(("channel", "num_rounds"), [("text", 3), ("both", 2), ("none", 3)])
 def test_every_channel_is_exact(system: RecursiveSystem, questions: list[str], channel: str, num_rounds: int) -> None:
     # Random models hardly ever end a reply: stop strings make texts that are unequally long.
-    sampling = SamplingParams(max_new_tokens=8, stop=("an", "er"))
+    sampling = SamplingParams(max_new_tokens=6, stop=("an", "er"))
     assert_exact(system, questions[:3], channel=channel, num_rounds=num_rounds, num_latent_steps=3, sampling=sampling)
 
 
 def test_sampled_text_is_exact(system: RecursiveSystem, questions: list[str]) -> None:
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=6, seed=3)
-    assert_exact(system, questions[:3], channel="both", num_rounds=2, sampling=sampling)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=4, seed=3)
+    assert_exact(system, questions[:2], channel="both", num_rounds=2, sampling=sampling)
 
 
 def test_mixed_channels_are_exact(system: RecursiveSystem, questions: list[str]) -> None:
@@ -188,7 +188,7 @@ def test_mixed_channels_are_exact(system: RecursiveSystem, questions: list[str])
 
 def test_prompts_with_the_question_after_the_slot_are_exact(make_system: MakeSystem, questions: list[str]) -> None:
     # Continuations of unequal length are read in groups and merged.
-    assert_exact(make_system(prompts=SLOT_FIRST), questions[:4], num_rounds=2)
+    assert_exact(make_system(prompts=SLOT_FIRST), questions[:3], num_rounds=2)
 
 
 @pytest.mark.parametrize("channel", ["latent", "text"])
@@ -204,11 +204,11 @@ def test_one_model_in_three_roles_is_exact(
     make_system: MakeSystem, tiny_models: dict[str, LanguageModel], questions: list[str]
 ) -> None:
     system = make_system(agents=dict.fromkeys(("planner", "critic", "solver"), tiny_models["qwen3"]))
-    assert_exact(system, questions[:3], num_rounds=2)
+    assert_exact(system, questions[:2], num_rounds=2)
 
 
 def test_the_papers_message_without_the_inner_link_is_exact(make_system: MakeSystem, questions: list[str]) -> None:
-    assert_exact(make_system(message="outer"), questions[:3], num_rounds=2)
+    assert_exact(make_system(message="outer"), questions[:2], num_rounds=2)
 
 
 @pytest.mark.parametrize("num_rounds", [1, 3])
@@ -430,7 +430,7 @@ def test_padding_in_the_middle_is_caught_on_sliding_windows(
         lambda self, reading, rows: (pad_in_the_middle if any(rows) else read_on)(self, reading, rows),
     )
     # Where every position sees all others it happens to be exact, which is why it goes unnoticed.
-    assert_exact(full_attention, questions, **short)
+    assert_exact(full_attention, questions[:3], **short)
     with pytest.raises(AssertionError):
         assert_exact(sliding, questions, **short)
 

@@ -13,7 +13,11 @@ SET = {
     "roles": {
         "planner": {"first": "{question} Plan.", "later": "{question} Seen: {latents:solver} Plan again."},
         "critic": {"always": "{latents:planner}{latents:solver} of {question}"},
-        "solver": {"always": "{question} {latents:critic} Think.", "last": "{latents:critic} {instructions}", "solo": "{question}!"},
+        "solver": {
+            "always": "{question} {latents:critic} Think.",
+            "last": "{latents:critic} {instructions}",
+            "solo": "{question}!",
+        },
     },
 }
 

@@ -51,9 +51,12 @@ def test_progress_is_told_after_every_batch(system: RecursiveSystem, questions: 
 
 def test_settings_of_the_system_are_the_defaults_of_a_run(make_system: MakeSystem, questions: list[str]) -> None:
     system = make_system(num_rounds=3, num_latent_steps=2, channel="both", max_new_tokens=3)
-    assert system.run(questions[0]).text == system.run(
-        questions[0], num_rounds=3, num_latent_steps=2, channel="both", sampling=SamplingParams(max_new_tokens=3)
-    ).text
+    assert (
+        system.run(questions[0]).text
+        == system.run(
+            questions[0], num_rounds=3, num_latent_steps=2, channel="both", sampling=SamplingParams(max_new_tokens=3)
+        ).text
+    )
     assert system.run(questions[0]).trace.settings["channel"] == dict.fromkeys(system.links, "both")
 
 
@@ -73,7 +76,8 @@ def test_a_variant_changes_the_words(make_system: MakeSystem, questions: list[st
         prompts={"name": "styled", "roles": words, "variants": {"short": {"style": "Be brief."}, "long": {"style": ""}}}
     )
     norms = {
-        variant: system.run(questions[0], variant=variant).trace.messages[0].norms for variant in (None, "short", "long")
+        variant: system.run(questions[0], variant=variant).trace.messages[0].norms
+        for variant in (None, "short", "long")
     }
     assert norms[None] == norms["short"] != norms["long"]
 
@@ -118,8 +122,8 @@ def test_positions_are_those_that_went_through_a_model(
 
 
 def test_usage_does_not_depend_on_the_batch(system: RecursiveSystem, questions: list[str]) -> None:
-    together = system.run(questions, channel="both")
-    for question, result in zip(questions, together, strict=True):
+    together = system.run(questions[:3], channel="both")
+    for question, result in zip(questions[:3], together, strict=True):
         alone = system.run(question, channel="both")
         for count in ("prompt_tokens", "latent_steps", "generated_tokens", "retry_tokens", "positions"):
             assert result.usage.total(count) == alone.usage.total(count), count
@@ -191,7 +195,9 @@ def test_streaming_leaves_the_gradient_mode_to_the_caller(system: RecursiveSyste
 @pytest.fixture(scope="module")
 def narrow() -> dict[str, LanguageModel]:
     """Two models that read at most 96 positions."""
-    return {role: make_model("llama", seed, max_position_embeddings=96) for seed, role in enumerate(CHATTER_WORDS["roles"])}
+    return {
+        role: make_model("llama", seed, max_position_embeddings=96) for seed, role in enumerate(CHATTER_WORDS["roles"])
+    }
 
 
 def question_of(model: LanguageModel, length: int) -> str:
@@ -399,9 +405,7 @@ def test_a_system_is_not_built_with_wrong_settings(
         (["Why?", "Why? " * 2000], "reads at most 1024"),
     ],
 )
-def test_questions_that_cannot_be_answered_are_refused(
-    system: RecursiveSystem, questions: Any, message: str
-) -> None:
+def test_questions_that_cannot_be_answered_are_refused(system: RecursiveSystem, questions: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         system.run(questions)
 

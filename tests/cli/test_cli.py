@@ -123,6 +123,7 @@ def test_a_run_is_replayed_from_any_message(invoke: Invoke, saved: Path) -> None
     answer = json.loads(recorded.stdout)[0]["text"]
     for until in ("1:planner->critic", "1:solver->planner", "2:critic->solver"):
         again = invoke("run", saved, "--replay", "trace", "--until", until, "--json")
+        assert again.exit_code == 0, again.stderr
         assert json.loads(again.stdout)[0]["text"] == answer
     assert_refused(invoke("run", saved, "--replay", "trace", "--until", "7:planner->critic"), "round 7", "round 1")
     assert_refused(invoke("run", saved, "--replay", "nowhere"), "nowhere", "trace")

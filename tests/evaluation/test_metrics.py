@@ -10,7 +10,7 @@ from recursivemas.evaluation.metrics import mean, paired_difference
 
 
 def test_a_mean_and_its_error_by_hand() -> None:
-    found = mean([0, 1, 1, 1])
+    found = mean([0.0, 1.0, 1.0, 1.0])
     assert (found.value, found.n) == (0.75, 4)
     # Variance 0.1875 * 4/3 = 0.25.
     assert found.stderr == pytest.approx(math.sqrt(0.25 / 4))
@@ -37,11 +37,11 @@ def test_one_score_has_no_error() -> None:
 
 
 def test_equal_arms_do_not_differ() -> None:
-    assert paired_difference([1, 0, 1], [1, 0, 1]) == (0, 0, 1)
+    assert paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0]) == (0, 0, 1)
 
 
 # Differences that are equal but for rounding must not make scipy warn of lost precision.
-@pytest.mark.parametrize(("a", "b"), [([1, 1, 1], [0, 0, 0]), ([0.3, 0.6], [0.1, 0.4])])
+@pytest.mark.parametrize(("a", "b"), [([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]), ([0.3, 0.6], [0.1, 0.4])])
 def test_the_same_difference_everywhere_is_no_chance(a: list[float], b: list[float]) -> None:
     found = paired_difference(a, b)
     assert found.value == pytest.approx(a[0] - b[0])
@@ -50,6 +50,6 @@ def test_the_same_difference_everywhere_is_no_chance(a: list[float], b: list[flo
 
 def test_scores_of_other_questions_are_not_paired() -> None:
     with pytest.raises(ValueError, match="got 2 and 1"):
-        paired_difference([1, 0], [1])
+        paired_difference([1.0, 0.0], [1.0])
     with pytest.raises(ValueError, match="no scores"):
         mean([])

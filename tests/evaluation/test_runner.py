@@ -35,9 +35,7 @@ def system(make_system: Callable[..., RecursiveSystem]) -> RecursiveSystem:
 
 
 def without_seconds(log: EvalLog) -> dict[str, list[dict[str, Any]]]:
-    return {
-        str(arm): [{**asdict(answer), "seconds": 0} for answer in answers] for arm, answers in log.answers.items()
-    }
+    return {str(arm): [{**asdict(answer), "seconds": 0} for answer in answers] for arm, answers in log.answers.items()}
 
 
 # Planning
@@ -83,15 +81,16 @@ def test_latent_is_compared_with_the_others_of_its_rounds_and_with_solo(task: Ta
 
 
 def test_every_arm_answers_as_the_system_does(system: RecursiveSystem, task: Task) -> None:
+    task = replace(task, samples=task.samples[:3])
     names = ["latent", "text", "both", "solo", "none", "zero", "shuffled", "random-link"]
-    log = evaluate(system, task, plan_arms(names, [2], []), sampling=SAMPLING, batch_size=2, seed=3)
+    log = evaluate(system, task, plan_arms(names, [1], []), sampling=SAMPLING, batch_size=2, seed=3)
     asked = [sample.question for sample in task.samples]
-    options = {"num_rounds": 2, "sampling": SAMPLING, "instructions": "Be brief."}
+    options = {"num_rounds": 1, "sampling": SAMPLING, "instructions": "Be brief."}
     expected = {
         "latent": system.run(asked, **options),
         "text": system.run(asked, channel="text", **options),
         "both": system.run(asked, channel="both", **options),
-        "solo": system.solo().run(asked, **{**options, "num_rounds": 1}),
+        "solo": system.solo().run(asked, **options),
         "none": system.run(asked, channel="none", **options),
         "zero": system.run(asked, intervene="zero", **options),
         "shuffled": system.run(asked, intervene="shuffled", seed=3, **options),
@@ -139,14 +138,14 @@ def test_unscorable_and_cut_answers_are_counted(system: RecursiveSystem, task: T
 # Going on
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
 def stop_after(number: int) -> Callable[..., None]:
     def progress(done: int, total: int, answers: Any) -> None:
         if done == number:
-            raise Stopped
+            raise StoppedError
 
     return progress
 
@@ -159,7 +158,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_log(
     options = {"sampling": SAMPLING, "batch_size": 2}
     whole = evaluate(system, task, arms, journal=tmp_path / "whole.jsonl", **options)
     journal = tmp_path / "stopped.jsonl"
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         evaluate(system, task, arms, journal=journal, progress=stop_after(stopped_after), **options)
     kept = journal.read_text()
     resumed = evaluate(system, task, arms, journal=journal, **options)
@@ -185,15 +184,6 @@ def test_a_run_killed_in_the_middle_of_a_line_goes_on(
     assert without_seconds(resumed) == without_seconds(whole)
     known = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     assert len({(each["arm"], each["id"]) for each in known}) == 10
-
-
-def test_a_run_killed_in_its_first_line_starts_anew(system: RecursiveSystem, task: Task, tmp_path: Path) -> None:
-    journal = tmp_path / "journal.jsonl"
-    for beginning in ("", '{"num_latent'):
-        journal.write_text(beginning)
-        log = evaluate(system, task, [Arm("none", 1)], sampling=SAMPLING, journal=journal)
-        assert len(log.answers[Arm("none", 1)]) == 5
-        assert len(journal.read_text().splitlines()) == 6
 
 
 def retrain(system: RecursiveSystem) -> RecursiveSystem:
@@ -233,7 +223,9 @@ def test_a_journal_of_another_evaluation_is_refused_and_untouched(
     assert journal.read_text() == before
 
 
-@pytest.mark.parametrize("content", [b"years of work\n", b"\xff\xfe\n", b"[1]\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"years of work", b"years\nof\nwork\n", b"\xff\xfe\n", b"[1]\n", b'{"num_lat']
+)
 def test_a_file_that_is_no_journal_is_refused_and_untouched(
     system: RecursiveSystem, task: Task, tmp_path: Path, content: bytes
 ) -> None:

@@ -24,14 +24,16 @@ from recursivemas.training.alignment import (
 from recursivemas.training.data import RoleSample, encode_turns
 from recursivemas.training.inner import InnerSettings, collect_pairs, cosine_loss, train_inner
 from recursivemas.training.loop import RunDirectory
-from recursivemas.training.recipe import Recipe, WorldSettings, fresh_links, parse_stages, train, untrained
+from recursivemas.training.recipe import Recipe, WorldSettings, fresh_links, parse_stages, train
 
-TEXTS = ["A plan for the fox", "The critic improves it", "forty-two, and no more", "the river bank at dawn", "a dog"]
+# With blanks that are tokens of their own, as newlines are in real vocabularies.
+TEXTS = ["A plan for the fox", "The critic improves it", "forty-two,\n\nand no more", "the river bank at dawn", "a dog"]
 
 
 def samples(role: str, number: int = 8) -> list[RoleSample]:
     return [
-        RoleSample(role=role, question=f"Question {i}?", target=TEXTS[i % len(TEXTS)] + f" {i}.") for i in range(number)
+        RoleSample(role=role, question=f"Question {i}?", target=f"{TEXTS[i % len(TEXTS)]} {i}.", num_rounds=2)
+        for i in range(number)
     ]
 
 
@@ -58,7 +60,6 @@ def test_turns_have_the_tokens_of_a_run(system: RecursiveSystem) -> None:
     texts = [piece if isinstance(piece, str) else "Think twice." for piece in pieces]
     assert turn.prompt_ids == [token for text in texts for token in model.encode(text)]
     assert turn.target_ids == model.encode("A plan.")
-    assert len(turn.target_spans) == len(turn.target_ids)
 
 
 def test_the_last_round_and_solo_have_their_own_prompts(system: RecursiveSystem) -> None:
@@ -155,11 +156,11 @@ def test_spans_overlap_if_they_share_a_character(
 def test_a_token_is_aligned_with_all_the_readers_tokens_of_its_characters(
     tiny_models: dict[str, LanguageModel],
 ) -> None:
-    sender, reader = tiny_models["qwen3"], tiny_models["qwen2"]
+    # The sender knows longer pieces of words than the reader.
+    sender, reader = tiny_models["qwen2"], tiny_models["qwen3"]
     text = "The quick brown planner improves twenty-five answers"
     _, spans = sender.spans(text)
     reader_ids, reader_spans = reader.spans(text)
-    # The vocabularies differ, so some word is cut differently.
     assert spans != reader_spans
     found = embeddings_of_spans(reader, text, spans)
     table = reader.network.get_input_embeddings().weight
@@ -178,7 +179,9 @@ def test_pairs_of_an_edge_are_what_its_link_gets_and_should_return(system: Recur
         features, targets = alignment_pairs(sender, reader, turns, through_inner_link=through)
         states = collect_pairs(sender.model, turns, with_end=False).states
         torch.testing.assert_close(features, sender.inner_link(states) if through else states)
-        expected = torch.cat([embeddings_of_spans(reader, turn.target, turn.target_spans) for turn in turns])
+        expected = torch.cat(
+            [embeddings_of_spans(reader, turn.target, sender.model.spans(turn.target)[1]) for turn in turns]
+        )
         torch.testing.assert_close(targets, expected)
 
 
@@ -211,10 +214,13 @@ def test_the_residual_is_solved_as_numpy_solves_it(design: str, bias: bool) -> N
 def test_alignment_lowers_its_loss_whatever_the_design(design: str) -> None:
     features, targets = regression(200)
     link = RecursiveLink.outer(6, 4, design=design)
-    untouched = alignment_loss(link, features, targets).item()
     settings = AlignmentSettings(num_train_steps=100, lr=1e-2, batch_size=64, ridge=1e-6)
     report = train_alignment("a->b", link, features, targets, settings)
-    assert report["loss_after"] <= report["loss_solved"] < untouched
+    # 1.0 is what a link gets that returns nothing. What is linear is all but found by solving already.
+    assert report["loss_after"] < 0.6
+    if design in ("1-layer", "res-1-layer", "res-2-layer"):
+        assert report["loss_solved"] < 0.03
+    assert report["loss_after"] <= 1.05 * report["loss_solved"]
     assert report["loss_after"] == pytest.approx(alignment_loss(link, features, targets).item())
     expected = (link(features) - targets).square().sum() / targets.square().sum()
     assert report["loss_after"] == pytest.approx(expected.item(), rel=1e-5)
@@ -246,7 +252,6 @@ def test_training_moves_every_link_and_no_model(system: RecursiveSystem, tmp_pat
     }
     assert set(system.trainable_parameters()) <= changed(before, system)
     assert {role: agent.model.fingerprint() for role, agent in system.agents.items()} == prints
-    assert not untrained(system)
 
 
 def test_a_stage_that_is_left_out_keeps_its_links(system: RecursiveSystem, tmp_path: Path) -> None:
@@ -259,9 +264,7 @@ def test_a_stage_that_is_left_out_keeps_its_links(system: RecursiveSystem, tmp_p
 
 
 @pytest.mark.parametrize("stopped_at", [1, 4, 8, 14])
-def test_a_stopped_training_goes_on_to_the_same_system(
-    make_system: object, tmp_path: Path, stopped_at: int
-) -> None:
+def test_a_stopped_training_goes_on_to_the_same_system(make_system: object, tmp_path: Path, stopped_at: int) -> None:
     settings = recipe(tmp_path)
     whole = make_system()
     train(whole, settings, samples)
@@ -326,8 +329,26 @@ def test_links_are_drawn_anew_as_the_recipe_says(system: RecursiveSystem, tmp_pa
     again, other = fresh_links(system, settings), fresh_links(system, recipe(tmp_path, seed=1))
     assert not changed(weights(drawn), again)
     assert not torch.equal(
-        other.links["planner->critic"].w1.weight, fresh_links(system, recipe(tmp_path)).links["planner->critic"].w1.weight
+        other.links["planner->critic"].w1.weight,
+        fresh_links(system, recipe(tmp_path)).links["planner->critic"].w1.weight,
     )
+
+
+def test_turns_that_speak_are_not_thought_through(system: RecursiveSystem, tmp_path: Path) -> None:
+    def with_answers(role: str, number: int) -> list[RoleSample]:
+        spoken = [RoleSample(role=role, question="Why?", target="never", round=2, num_rounds=2)]
+        return samples(role, number) + (spoken if role == "solver" else [])
+
+    plain, mixed = (train(system, recipe(tmp_path), given, stages=["inner"]) for given in (samples, with_answers))
+    assert mixed["inner solver"]["pairs"] == plain["inner solver"]["pairs"]
+
+
+def test_a_role_without_turns_to_train_on_is_refused(system: RecursiveSystem, tmp_path: Path) -> None:
+    def only_answers(role: str, number: int) -> list[RoleSample]:
+        return [RoleSample(role=role, question="Why?", target="x", round=1, num_rounds=1)]
+
+    with pytest.raises(InputError, match="solver"):
+        train(system, recipe(tmp_path), only_answers, stages=["inner"])
 
 
 @pytest.mark.parametrize(
@@ -345,12 +366,6 @@ def test_unknown_stages_are_refused() -> None:
         parse_stages(" , ")
 
 
-def test_links_that_are_not_finite_are_named(system: RecursiveSystem) -> None:
-    assert untrained(system) == []
-    system.links["critic->solver"].w3.weight[0, 0] = float("inf")
-    assert untrained(system) == ["critic->solver"]
-
-
 def test_an_agent_knows_nothing_of_the_stage(system: RecursiveSystem) -> None:
     # Inner training is done by each agent on its own: the same link for the same agent, whatever the system.
     agent = system.agents["planner"]
@@ -359,7 +374,9 @@ def test_an_agent_knows_nothing_of_the_stage(system: RecursiveSystem) -> None:
     train_inner(agent, turns, settings, seed=1)
     alone = Agent("planner", agent.model, RecursiveLink.inner(agent.model.hidden_size))
     alone.inner_link.load_state_dict(
-        RecursiveSystem.build(agents={r: a.model for r, a in system.agents.items()}).agents["planner"].inner_link.state_dict()
+        RecursiveSystem.build(agents={r: a.model for r, a in system.agents.items()})
+        .agents["planner"]
+        .inner_link.state_dict()
     )
     train_inner(alone, turns, settings, seed=1)
     assert torch.equal(alone.inner_link.w1.weight, agent.inner_link.w1.weight)

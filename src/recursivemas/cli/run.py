@@ -164,7 +164,7 @@ def _recorded_options(recorded: list[Any], until: str | None) -> dict[str, Any]:
         "channel": settings["channel"],
         "variant": settings["variant"],
         "instructions": settings["instructions"],
-        "sampling": SamplingParams(**settings["sampling"]),
+        "sampling": SamplingParams(**{**settings["sampling"], "stop": tuple(settings["sampling"]["stop"])}),
         "intervene": Replay.from_traces(recorded, until=last),
     }
 

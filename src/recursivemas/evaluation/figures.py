@@ -237,6 +237,8 @@ def draw_cost(rows: Sequence[Row]) -> Markup:
 
     styles = _styles(rows)
     shown = {label: group for label, group in _by_label(rows).items() if label in styles or label == "solo"}
+    if not shown:
+        return Markup("")  # nothing but controls was asked
     with rc_context(_STYLE):
         figure = _new_figure()
         left = _panel(figure, 0.05, 0.43, "accuracy")

@@ -286,21 +286,21 @@ class _Journal:
             raise OutputError(f"cannot write to {file}: {error.strerror}") from None
 
     def _read(self, file: Path, identity: dict[str, Any]) -> None:
-        text = file.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            # The run was killed in the middle of a line.
-            text = text[: text.rfind("\n") + 1]
-            file.write_text(text, encoding="utf-8")
-        first, *lines = text.splitlines() or [""]
-        if not first:
-            file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
-        elif json.loads(first) != json.loads(json.dumps(identity)):
+        """Take over the answers of an earlier run; a last line that was cut by a kill is dropped."""
+        try:
+            first, *lines = file.read_text(encoding="utf-8").split("\n")
+            found = json.loads(first)
+            records = [json.loads(line) for line in lines[:-1]]
+            answers = [(record.pop("arm"), Answer(**record)) for record in records]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise OutputError(f"{file} is not the record of an evaluation; choose another place with --out") from None
+        if found != json.loads(json.dumps(identity)):
             raise OutputError(
                 f"{file} belongs to an evaluation with other settings; choose another place with --out, or remove it"
             )
-        for line in lines:
-            record = json.loads(line)
-            self._known[record.pop("arm"), record["id"]] = Answer(**record)
+        self._known = {(arm, answer.id): answer for arm, answer in answers}
+        if lines[-1:] != [""]:
+            file.write_text("\n".join([first, *lines[:-1], ""]), encoding="utf-8")
 
     def find(self, arm: Arm, samples: Sequence[Sample]) -> list[Answer] | None:
         """The answers of an arm to these questions, if all of them are there."""

@@ -193,7 +193,10 @@ def _resume(
     stage: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, run: RunDirectory | None
 ) -> list[float]:
     state = run.load(stage) if run is not None else None
-    if run is None or state is None:
+    if run is None:
+        return []
+    if state is None:
+        run.forget(stage, after=0)
         return []
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from recursivemas.config import Config
-from recursivemas.errors import ConfigError, choose
+from recursivemas.errors import ConfigError, InputError, choose
 from recursivemas.links import DEFAULT_DESIGN
 from recursivemas.patterns import Edge, Pattern
 from recursivemas.system import RecursiveSystem
@@ -114,6 +114,8 @@ def train(
     for role, agent in system.agents.items():
         # Where the answering role speaks, it does not think: those turns are left out.
         samples = [each for each in samples_of(role, number) if not _speaks(each, system.pattern)]
+        if not samples:
+            raise InputError(f"there is no turn of the {role} to train on in which it thinks")
         turns[role] = encode_turns(samples, agent.model, system.prompts)
     if "inner" in stages or _is_begun(run, "inner"):
         for role, agent in system.agents.items():
