@@ -90,7 +90,7 @@ def test_spans_cover_the_characters_of_each_token(model: LanguageModel) -> None:
     ids, spans = model.spans(text)
     assert ids == model.encode(text)
     for token, (start, end) in zip(ids, spans, strict=True):
-        assert text[start:end] == model.decode([token]).strip()
+        assert text[start:end].strip() == model.decode([token]).strip()
 
 
 def test_nearest_tokens_of_an_embedding_start_with_its_own(model: LanguageModel) -> None:

@@ -183,8 +183,8 @@ def test_a_run_can_be_replayed_from_every_message(
     again = system.run(questions[:2], trace="full", channel=channel, intervene=replay)
     for result, expected in zip(again, original, strict=True):
         assert result.text == expected.text
-        # Only what came after was computed, and it is the same.
-        assert hops(result.trace) == HOPS[until + 1 :]
+        # The last message at hand is read; only what came after was computed, and it is the same.
+        assert hops(result.trace) == HOPS[until:]
         for round, source, target in HOPS[until + 1 :]:
             latents = expected.trace.message(round, source, target)
             found = result.trace.message(round, source, target)
@@ -212,6 +212,21 @@ def test_a_count_is_for_every_question_or_for_each() -> None:
     assert (second.prompt_tokens, second.latent_steps, second.generated_tokens) == (6, 4, 0)
     assert [(turn.round, turn.role) for turn in first.turns] == [(1, "planner"), (2, "solver")]
     assert first.peak_memory_bytes > 0
+
+
+def test_seconds_of_a_batch_are_shared_by_its_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 14.0, 20.0, 22.0, 30.0, 38.0])
+    monkeypatch.setattr("recursivemas.trace.time.perf_counter", lambda: next(clock))
+    meter = Meter(4, torch.device("cpu"))
+    meter.count(1, "planner")
+    meter.count(2, "planner")
+    for round, phase in ((1, "latent"), (1, "latent"), (2, "decode")):
+        with meter.phase(round, "planner", phase):
+            pass
+    for usage in meter.usages():
+        assert usage.seconds_by_phase() == {"prefill": 0, "latent": 6 / 4, "link": 0, "decode": 8 / 4}
+        assert usage.seconds == 14 / 4
+        assert usage.turns[0].seconds["latent"] == 6 / 4
 
 
 def test_an_unknown_count_names_the_nearest() -> None:

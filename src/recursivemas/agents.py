@@ -31,6 +31,11 @@ class Message:
     latents: Float[Tensor, "batch latent_step hidden_size"] | None = None
     texts: tuple[str, ...] | None = None
 
+    def select(self, rows: Sequence[int]) -> "Message":
+        """The message of some rows, in the order given."""
+        latents = None if self.latents is None else self.latents[list(rows)]
+        return Message(latents, None if self.texts is None else tuple(self.texts[row] for row in rows))
+
     @property
     def batch_size(self) -> int:
         """Rows of the batch it was sent in."""
@@ -99,8 +104,8 @@ class Agent:
     ) -> Reading:
         """Read one prompt for each row, with the messages of `inbox` (by sender) in their slots.
 
-        The text before the first slot is read once (see `PrefixStore`). What follows is composed for each row, and
-        rows whose continuations have the same form are read together, so no row is ever padded in its middle.
+        The text before the first slot is read once (see `PrefixStore`). What follows is composed for each row; rows of
+        unequal length are read in steps that none of them is shorter than, so no row is ever padded in its middle.
         """
         heads, tails = zip(*(_cut(prompt) for prompt in prompts), strict=True)
         pieces = self._fill(tails, inbox)
@@ -181,16 +186,14 @@ class Agent:
 
     def _read_on(self, reading: Reading, rows: list[list[Piece]]) -> Reading:
         """Read each row's pieces after what has been read; rows of one form together, then merged."""
-        groups = _group([tuple((isinstance(piece, list), len(piece)) for piece in row) for row in rows])
         known = reading.cache.num_positions.tolist()
         longest = max(old + sum(len(piece) for piece in row) for old, row in zip(known, rows, strict=True))
         self.model.check_length(longest, f"the prompt of the {self.role}")
-        parts = [self._read_group(reading, rows, group, whole=len(groups) == 1) for group in groups.values()]
-        cache = LatentCache.merge([cache for cache, _ in parts])
-        state = torch.cat([state for _, state in parts])
-        if len(groups) > 1:
-            order = torch.tensor([row for group in groups.values() for row in group]).argsort().to(state.device)
-            cache, state = cache.select(order), state[order]
+        forms = {tuple((isinstance(piece, list), len(piece)) for piece in row) for row in rows}
+        if len(forms) > 1:
+            cache, state = self._read_ragged(reading, [self._embed(row) for row in rows])
+        else:
+            cache, state = self._read_even(reading, rows)
         lengths = [[len(piece) for piece in row] for row in rows]
         in_text = [sum(len(piece) for piece in row if isinstance(piece, list)) for row in rows]
         return Reading(
@@ -200,21 +203,50 @@ class Agent:
             [known + sum(new) for known, new in zip(reading.positions, lengths, strict=True)],
         )
 
-    def _read_group(
-        self, reading: Reading, rows: list[list[Piece]], group: list[int], *, whole: bool
-    ) -> tuple[LatentCache, Tensor]:
-        chosen = torch.tensor(group, device=reading.state.device)
-        cache = reading.cache.fork() if whole else reading.cache.select(chosen)
-        if not rows[group[0]]:
-            return cache, reading.state[chosen]
+    def _read_even(self, reading: Reading, rows: list[list[Piece]]) -> tuple[LatentCache, Tensor]:
+        """Read rows whose pieces are of one form, all at once."""
+        cache = reading.cache.fork()
+        if not rows[0]:
+            return cache, reading.state
         columns = []
-        for place in range(len(rows[group[0]])):
-            column = [rows[row][place] for row in group]
+        for column in zip(*rows, strict=True):
             if isinstance(column[0], list):
                 columns.append(self.model.embed(torch.tensor(column)))
             else:
-                columns.append(torch.stack(column))  # type: ignore[arg-type]  # one form: all of them are latents
+                columns.append(torch.stack(column))  # one form: all of them are latents
         return cache, self.model.step(cache, torch.cat(columns, dim=1))[:, -1]
+
+    def _read_ragged(self, reading: Reading, rows: list[Tensor]) -> tuple[LatentCache, Tensor]:
+        """Read rows of unequal length, in powers of two: a row of 13 positions is read in steps of 8, 4 and 1.
+
+        Every step takes the rows that have it in their length, and merges them with the others. So the number of steps
+        grows with the logarithm of the longest row, whatever the number of different lengths.
+        """
+        cache, state = reading.cache.fork(), reading.state
+        done = [0] * len(rows)
+        for size in (2**power for power in reversed(range(max(map(len, rows)).bit_length()))):
+            taking = [index for index, row in enumerate(rows) if len(row) & size]
+            if not taking:
+                continue
+            waiting = [index for index, row in enumerate(rows) if not len(row) & size]
+            inputs_embeds = torch.stack([rows[index][done[index] : done[index] + size] for index in taking])
+            part = cache.select(torch.tensor(taking, device=state.device))
+            states = self.model.step(part, inputs_embeds)[:, -1]
+            for index in taking:
+                done[index] += size
+            if waiting:
+                places = torch.tensor(waiting, device=state.device)
+                order = torch.tensor([*taking, *waiting], device=state.device).argsort()
+                cache = LatentCache.merge([part, cache.select(places)]).select(order)
+                state = torch.cat([states, state[places]])[order]
+            else:
+                cache, state = part, states
+        return cache, state
+
+    def _embed(self, row: list[Piece]) -> Float[Tensor, "position hidden_size"]:
+        parts = [self.model.embed(torch.tensor(piece)) if isinstance(piece, list) else piece for piece in row]
+        empty = torch.zeros(0, self.model.hidden_size, device=self.model.device, dtype=self.model.dtype)
+        return torch.cat([empty, *parts])
 
 
 def _cut(prompt: Segments) -> tuple[str, Segments]:

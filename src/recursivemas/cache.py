@@ -118,9 +118,15 @@ class LatentCache:
         )
         for index, layer in enumerate(merged.past_key_values.layers):
             parts = [cache.past_key_values.layers[index] for cache in caches]
-            held = max(part.keys.shape[-2] for part in parts)
-            layer.keys = torch.cat([functional.pad(p.keys, (0, 0, held - p.keys.shape[-2], 0)) for p in parts])
-            layer.values = torch.cat([functional.pad(p.values, (0, 0, held - p.values.shape[-2], 0)) for p in parts])
+            filled = [part for part in parts if part.is_initialized]
+            if not filled:
+                continue
+            held = max(part.keys.shape[-2] for part in filled)
+            if not layer.is_initialized:
+                layer.lazy_initialization(filled[0].keys, filled[0].values)
+            sizes = [cache.batch_size for cache in caches]
+            layer.keys = _padded_left([part.keys for part in parts], sizes, held)
+            layer.values = _padded_left([part.values for part in parts], sizes, held)
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = length
         return merged
@@ -129,3 +135,15 @@ class LatentCache:
         past_key_values = copy.copy(self.past_key_values)
         past_key_values.layers = [change(copy.copy(layer)) for layer in self.past_key_values.layers]
         return LatentCache(past_key_values, self.attention_mask)
+
+
+def _padded_left(
+    tensors: Sequence[Tensor | None], batch_sizes: Sequence[int], length: int
+) -> Float[Tensor, "batch head position head_size"]:
+    """Keys (or values) of several caches in one batch, padded on the left; None holds no position yet."""
+    like = next(tensor for tensor in tensors if tensor is not None)
+    padded = []
+    for tensor, rows in zip(tensors, batch_sizes, strict=True):
+        held = like.new_zeros(rows, like.shape[1], 0, like.shape[3]) if tensor is None else tensor
+        padded.append(functional.pad(held, (0, 0, length - held.shape[-2], 0)))
+    return torch.cat(padded)

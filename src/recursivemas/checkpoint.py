@@ -260,10 +260,23 @@ def atomic_directory(directory: Path, *, overwrite: bool = False) -> Iterator[Pa
     try:
         draft.chmod(0o755)
         yield draft
-        if directory.exists():
-            shutil.rmtree(directory)
-        draft.rename(directory)
+        _swap(draft, directory)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {directory}: {error}; what was there is untouched") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _swap(draft: Path, directory: Path) -> None:
+    """Put a finished directory in its place; what was there goes last, and comes back if the place cannot be taken."""
+    if not directory.exists():
+        draft.rename(directory)
+        return
+    old = draft.with_name(draft.name + "-old")
+    directory.rename(old)
+    try:
+        draft.rename(directory)
+    except OSError:
+        old.rename(directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -62,6 +62,7 @@ class Reply:
     """Whether it ended by itself; otherwise it was cut at `max_new_tokens`."""
 
 
+@torch.no_grad()
 def decode_steps(
     model: LanguageModel,
     cache: LatentCache,
@@ -72,8 +73,8 @@ def decode_steps(
 ) -> Iterator[list[tuple[int, int]]]:
     """Decode token by token: each step yields (row, token) for every row that is not finished. The cache grows.
 
-    `room` says how many tokens each row's context has left. Rows that have finished are dropped from the batch once
-    they are half of it.
+    Nothing is differentiated through text. `room` says how many tokens each row's context has left. Rows that have
+    finished are dropped from the batch once they are half of it.
     """
     limits = [min(sampling.max_new_tokens, left) for left in room or [sampling.max_new_tokens] * len(keys)]
     generators = [torch.Generator().manual_seed(_seed_of(sampling.seed, key)) for key in keys]
@@ -87,13 +88,14 @@ def decode_steps(
         taken = [(row, token) for row, token in zip(rows, tokens, strict=True) if row in active]
         for row, token in taken:
             texts[row].append(token)
-            is_full = len(texts[row]) >= limits[row]
-            if token in stop_ids or is_full or _holds_stop(model, texts[row], sampling):
+            if token in stop_ids or len(texts[row]) >= limits[row] or _holds_stop(model, texts[row], sampling):
                 active.discard(row)
         yield taken
         if not active:
             return
-        if 2 * len(active) <= len(rows):
+        # A row whose context is full must not be stepped on, even if nobody looks at it.
+        is_full = any(len(texts[row]) >= limits[row] for row in rows if row not in active)
+        if is_full or 2 * len(active) <= len(rows):
             kept = torch.tensor([i for i, row in enumerate(rows) if row in active], device=state.device)
             cache = cache.select(kept)
             tokens = [tokens[i] for i in kept.tolist()]
@@ -164,6 +166,7 @@ def _choose(
     probabilities = ranked.values
     if sampling.top_k is not None:
         probabilities[:, sampling.top_k :] = 0
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     cumulative = probabilities.cumsum(dim=-1)

@@ -1,7 +1,7 @@
 """Interventions: what can be done to a message on its way, to find out what it does.
 
-An intervention is called with every message that is sent, `intervene(message, edge, round)`, and returns what arrives.
-It may also know a message beforehand (`known`); then the sender is not run for it.
+An intervention is called with every message that is sent, `intervene(message, edge, round)`, and returns what arrives;
+a plain function serves. It may also know a message beforehand (`known`); then the sender is not run for it.
 
     zero       latents are zeros, text is empty: the slot is there, and says nothing
     shuffled   each reader gets what the next question, in a seeded order, sent on the same edge in the same round
@@ -11,7 +11,7 @@ Knows messages, edges and rounds; knows nothing of systems. `shuffled` needs the
 the system makes for it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -32,6 +32,21 @@ class Intervention:
     def known(self, edge: str, round: int) -> Message | None:
         """The message of this edge and round, if it need not be made."""
         return None
+
+    def for_rows(self, rows: Sequence[int]) -> "Intervention":
+        """The same intervention for some questions of a run, which are answered as a batch of their own."""
+        return self
+
+
+class Applied(Intervention):
+    """A plain function in the place of an intervention."""
+
+    def __init__(self, function: Callable[[Message, str, int], Message]) -> None:
+        self._function = function
+
+    def __call__(self, message: Message, edge: str, round: int) -> Message:
+        """Whatever the function returns."""
+        return self._function(message, edge, round)
 
 
 class Zero(Intervention):
@@ -81,3 +96,7 @@ class Replay(Intervention):
     def known(self, edge: str, round: int) -> Message | None:
         """The recorded message."""
         return self.messages.get((edge, round))
+
+    def for_rows(self, rows: Sequence[int]) -> "Replay":
+        """The recorded messages of these questions."""
+        return Replay({place: message.select(rows) for place, message in self.messages.items()})

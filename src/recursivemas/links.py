@@ -12,7 +12,7 @@ rounds; where a size is needed, it is given the number.
     ln-res-2-layer    LN(h + W2 gelu(W1 LN h))     LN(W3 h + W2 gelu(W1 LN h))    what the authors released
 
 The first four are the rows of the paper's table 4. They end in one stored number, `scale * (...)`: 1.0 is the
-equation as printed; `calibrate` sets it so that a link is as loud as the embeddings its reader is used to (without
+equation as printed; `calibrate` sets it so that a link starts as loud as the embeddings its reader is used to (without
 it, links were found 50 to 80 times too loud). In the released design the gain of the last LayerNorm does that.
 """
 
@@ -165,17 +165,20 @@ class RecursiveLink(nn.Module):
         if self.target_norm is not None:
             self.target_norm.weight.fill_(target_norm / self.config.target_size**0.5)
             return
-        norm = self(states).norm(dim=-1).mean()
+        norm = self(states.float()).norm(dim=-1).mean()
         if not torch.isfinite(norm) or norm == 0:
             raise NumericsError(
                 f"cannot size a link whose mean output norm is {norm.item()}; are the calibration states finite?"
             )
         self.scale.mul_(target_norm / norm)
 
-    def redraw(self, seed: int) -> "RecursiveLink":
-        """A link of the same form with weights drawn anew, and as loud as this one (the `random-link` control).
+    def redraw(
+        self, seed: int, states: Float[Tensor, "state source_size"] | None = None, norm: float | None = None
+    ) -> "RecursiveLink":
+        """A link of the same form with weights drawn anew (the `random-link` control).
 
-        Loudness is compared on standard normal states: last hidden states leave a norm layer, so this is their scale.
+        On `states` (standard normal ones, if none are given) it is as loud as `norm` says; by default, as this link is.
+
         Every weight is redrawn from PyTorch's usual start, the small residual branches too. The identity in an inner
         link stays: it belongs to the design, not to what is trained.
         """
@@ -186,10 +189,10 @@ class RecursiveLink(nn.Module):
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
             probe = torch.randn(256, self.config.source_size)
+        states = probe.to(self.w1.weight.device) if states is None else states
         drawn.to(self.w1.weight.device, self.w1.weight.dtype)
-        probe = probe.to(self.w1.weight.device, self.w1.weight.dtype)
         with torch.no_grad():
-            drawn.calibrate(probe, self(probe).norm(dim=-1).mean().item())
+            drawn.calibrate(states, norm or self(states.float()).norm(dim=-1).mean().item())
         return drawn.requires_grad_(False).eval()
 
     def to_dict(self) -> dict[str, Any]:

@@ -124,7 +124,8 @@ class LanguageModel:
         if problems:
             raise ModelError(f"the weights of '{name}' do not fit its configuration: {json.dumps(problems)[:300]}")
         local = Path(name).is_dir()
-        return cls(network.to(place), tokenizer, source=None if local else name, revision=revision)
+        found = revision or getattr(network.config, "_commit_hash", None)
+        return cls(network.to(place), tokenizer, source=None if local else name, revision=None if local else found)
 
     @classmethod
     def from_config(
@@ -168,6 +169,7 @@ class LanguageModel:
             )
         if not self.stop_token_ids:
             raise ModelError(f"'{name}' names no end-of-sequence token, so its replies would never end")
+        self.new_cache(1)
         probe = torch.tensor([[min(self.stop_token_ids)] * 2], device=self.device)
         with torch.no_grad():
             expected = self.network(input_ids=probe, use_cache=False).logits[0]
@@ -230,7 +232,11 @@ class LanguageModel:
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
         rendered = self._render(messages, add_generation_prompt=False)
         after = self.encode(rendered.rpartition(mark)[2])
-        return after[0] if after and after[0] in self.tokenizer.all_special_ids else None
+        if not after:
+            return None
+        added = self.tokenizer.added_tokens_decoder.get(after[0])
+        is_special = after[0] in self.tokenizer.all_special_ids or (added is not None and added.special)
+        return after[0] if is_special else None
 
     @property
     def num_parameters(self) -> int:
@@ -273,12 +279,16 @@ class LanguageModel:
         return [known[text] for text in texts]
 
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a piece of text, and the characters [start, end) that each token covers (no blanks around)."""
+        """Token ids of a piece of text, and the characters [start, end) that each token covers, blanks around left out.
+
+        A token of nothing but blanks covers nothing: its span is empty.
+        """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = []
         for start, end in encoded["offset_mapping"]:
             piece = text[start:end]
-            spans.append((start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())))
+            first = start + len(piece) - len(piece.lstrip())
+            spans.append((first, first + len(piece.strip())))
         return list(encoded["input_ids"]), spans
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -345,21 +355,27 @@ class LanguageModel:
     @cached_property
     def mean_embedding_norm(self) -> float:
         """Mean norm of the whole embedding table."""
-        chunks = range(0, self.vocab_size, _EMBEDDING_CHUNK)
-        norms = [self.embedding_norm(range(i, min(i + _EMBEDDING_CHUNK, self.vocab_size))) for i in chunks]
-        return sum(norms) / len(norms)
+        return sum(self.embedding_norm(ids.tolist()) * len(ids) for ids in self._table_chunks()) / self.vocab_size
+
+    def _table_chunks(self) -> tuple[Int[Tensor, " chunk"], ...]:
+        return torch.arange(self.vocab_size).split(_EMBEDDING_CHUNK)
 
     @torch.no_grad()
     def nearest_tokens(self, vectors: Float[Tensor, "vector hidden_size"], k: int = 3) -> list[list[tuple[str, float]]]:
         """For each vector the k tokens with the nearest input embeddings, and their cosines: a hint, not a reading."""
         unit = functional.normalize(vectors.to(self.device).float(), dim=-1)
-        cosines = []
-        for start in range(0, self.vocab_size, _EMBEDDING_CHUNK):
-            ids = torch.arange(start, min(start + _EMBEDDING_CHUNK, self.vocab_size))
-            cosines.append(unit @ functional.normalize(self.embed(ids).float(), dim=-1).T)
-        best = torch.cat(cosines, dim=1).topk(min(k, self.vocab_size), dim=1)
-        tokens = [[self._token_text(index) for index in row] for row in best.indices.tolist()]
-        return [list(zip(*pair, strict=True)) for pair in zip(tokens, best.values.tolist(), strict=True)]
+        values = unit.new_zeros(len(unit), 0)
+        indices = torch.zeros(len(unit), 0, dtype=torch.long, device=unit.device)
+        # Chunk by chunk, and never more than the best so far: a real vocabulary times many latents is gigabytes.
+        for ids in self._table_chunks():
+            cosines = unit @ functional.normalize(self.embed(ids).float(), dim=-1).T
+            best = cosines.topk(min(k, len(ids)), dim=1)
+            values = torch.cat([values, best.values], dim=1)
+            indices = torch.cat([indices, ids[0].item() + best.indices], dim=1)
+            values, order = values.sort(dim=1, descending=True, stable=True)
+            values, indices = values[:, :k], indices.gather(1, order)[:, :k]
+        tokens = [[self._token_text(index) for index in row] for row in indices.tolist()]
+        return [list(zip(*pair, strict=True)) for pair in zip(tokens, values.tolist(), strict=True)]
 
     def _token_text(self, token_id: int) -> str:
         return str(self.tokenizer.decode([token_id])).strip() or str(self.tokenizer.convert_ids_to_tokens(token_id))

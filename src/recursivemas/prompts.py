@@ -10,7 +10,7 @@
         always: "{question}\nPlan: {latents:planner}\nBetter plan:"
       solver:
         always: "{question}\nPlan: {latents:critic}\nThink."
-        last: "{question}\nPlan: {latents:critic}\n{instructions}\nAnswer:"    # the turn that speaks
+        last: "{question}\nPlan: {latents:critic}\n{instructions}\nAnswer:"    # in the last round
         solo: "{question}\n{instructions}\nAnswer:"                            # alone, without the others
     variants:                                     # optional: words to fill in; the first variant is the default
       short: {style: Be brief.}

@@ -1,15 +1,14 @@
-"""RecursiveSystem: the one loop, in inference and in training, whatever the pattern and the channel.
+"""RecursiveSystem: frozen agents, a pattern, prompts and links, made into something that answers questions.
 
-In every round each role in turn *reads* its prompt, with the messages it was sent in the slots of that prompt, then
-*emits* one message to those who read it; the answering role of the last round *speaks*. `_play` is that loop. `run`,
-`stream` and `unroll` stand around it: batches, traces and the meter in the first two, gradients in the third.
+`run`, `stream` and `unroll` stand around the one loop (recursion.py): batches, traces and the meter in the first two,
+gradients in the third. Here a system is also built, loaded, saved, and turned into its controls.
 
 Knows agents, links, a pattern and prompts; knows nothing of data sets, losses, schedules or servers.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recursivemas.agents import Agent, Message, PrefixStore, Reading
-from recursivemas.channels import Channel, choose_channels, emit
+from recursivemas.agents import Agent, Message
+from recursivemas.channels import choose_channels
 from recursivemas.checkpoint import (
     FORMAT_VERSION,
     AgentRecord,
@@ -45,18 +44,19 @@ from recursivemas.errors import (
     ConfigError,
     InputError,
     ModelError,
-    NumericsError,
     PatternError,
     choose,
 )
-from recursivemas.interventions import INTERVENTIONS, Intervention, Replay, Zero
+from recursivemas.interventions import INTERVENTIONS, Applied, Intervention, Replay, Zero
 from recursivemas.links import DEFAULT_DESIGN, RecursiveLink
 from recursivemas.models import LanguageModel
-from recursivemas.patterns import Edge, Pattern, Turn
-from recursivemas.prompts import PromptSet, Segments
-from recursivemas.trace import LEVELS, Meter, Trace, TracedMessage, Usage, save_traces
+from recursivemas.patterns import Edge, Pattern
+from recursivemas.prompts import PromptSet
+from recursivemas.recursion import Plan, PlayedTurn, Recursion, Sent, count_reply, sampling_key
+from recursivemas.trace import LEVELS, Meter, Trace, TracedMessage, Usage, check_trace_dir, save_traces
 
 Progress = Callable[[int, int], None]
+Intervene = Callable[[Message, str, int], Message]
 
 # Ordinary words, read once by every model of a new system to see how loud its links come out.
 CALIBRATION_TEXT = (
@@ -77,41 +77,10 @@ class Result:
 
 
 @dataclass(frozen=True)
-class PlayedTurn:
-    """One turn of the loop, as it was played for a batch."""
-
-    turn: Turn
-    agent: Agent
-    reading: Reading
-    messages: dict[str, Message] = field(default_factory=dict)
-    """By edge, as they arrive: after interventions."""
-
-
-@dataclass(frozen=True)
 class TextDelta:
     """A piece of the answer, while it is being written."""
 
     text: str
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """All settings of one run."""
-
-    num_rounds: int
-    num_latent_steps: int
-    channels: dict[str, Channel]
-    sampling: SamplingParams
-    variant: str | None = None
-    instructions: str = ""
-    intervene: Intervention = field(default_factory=Intervention)
-    answer_rounds: tuple[int, ...] = ()
-
-    def is_open(self, edge: Edge) -> bool:
-        return self.channels[str(edge)].is_open(self.num_latent_steps)
-
-    def is_known(self, edge: Edge, round: int) -> bool:
-        return self.intervene.known(str(edge), round) is not None
 
 
 class RecursiveSystem:
@@ -138,6 +107,7 @@ class RecursiveSystem:
         self.settings = settings or SystemSettings()
         self.training = dict(training or {})
         self._check()
+        self._recursion = Recursion(self.agents, self.links, pattern, prompts, through_inner_link=self._through_inner)
 
     def _check(self) -> None:
         for role in self.agents:
@@ -249,17 +219,17 @@ class RecursiveSystem:
         """
         directory = find_system(name_or_path)
         manifest = read_manifest(directory)
-        models: dict[str, LanguageModel] = {}
+        models: dict[AgentRecord, LanguageModel] = {}
         for role, record in manifest.agents.items():
-            if record.model not in models:
-                models[record.model] = _load_agent_model(directory, role, record, dtype=dtype, device=device)
+            if record not in models:
+                models[record] = _load_agent_model(directory, role, record, dtype=dtype, device=device)
         links = {
             name: read_link(inside(directory, saved.folder), saved.sha256) for name, saved in manifest.links.items()
         }
         for role in manifest.agents:
             if role not in links:
                 raise CheckpointError(f"{directory}: the role '{role}' has no inner link")
-        agents = {role: Agent(role, models[record.model], links.pop(role)) for role, record in manifest.agents.items()}
+        agents = {role: Agent(role, models[record], links.pop(role)) for role, record in manifest.agents.items()}
         try:
             system = cls(
                 agents, links, manifest.pattern, manifest.prompts, manifest.settings, training=manifest.training
@@ -315,14 +285,32 @@ class RecursiveSystem:
             agents, {}, pattern, self.prompts.alone(pattern.answers), self.settings, training=self.training
         )
 
+    @torch.no_grad()
     def with_random_links(self, seed: int = 0) -> "RecursiveSystem":
-        """The same system with every link drawn anew, each as loud as the one it replaces: the other control."""
-        agents = {
-            role: Agent(role, agent.model, agent.inner_link.redraw(seed + index))
-            for index, (role, agent) in enumerate(self.agents.items())
-        }
-        links = {edge: link.redraw(seed + 1000 + index) for index, (edge, link) in enumerate(self.links.items())}
+        """The same system with every link drawn anew, each as loud as the one it replaces: the other control.
+
+        Loudness is compared on states of the senders while they read `CALIBRATION_TEXT`.
+        """
+
+        def seed_of(name: str) -> int:
+            return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "big")
+
+        agents: dict[str, Agent] = {}
+        links: dict[str, RecursiveLink] = {}
+        for role, agent in self.agents.items():
+            ids = torch.tensor([agent.model.encode(CALIBRATION_TEXT)], device=agent.model.device)
+            states = agent.model.states(ids)[0]
+            inner = agent.inner_link.redraw(seed_of(role), states)
+            agents[role] = Agent(role, agent.model, inner)
+            for name, link in self.links.items():
+                if Edge.parse(name).source == role:
+                    old, new = (agent.inner_link(states), inner(states)) if self._through_inner else (states, states)
+                    links[name] = link.redraw(seed_of(name), new, link(old).float().norm(dim=-1).mean().item())
         return RecursiveSystem(agents, links, self.pattern, self.prompts, self.settings, training=self.training)
+
+    @property
+    def _through_inner(self) -> bool:
+        return self.settings.message == "inner+outer"
 
     # Links
 
@@ -350,12 +338,8 @@ class RecursiveSystem:
                 if edge.source == role:
                     reader = self.agents[edge.target].model
                     link = self.links[str(edge)]
-                    sent = agent.inner_link(states) if self._through_inner_link else states
+                    sent = agent.inner_link(states) if self._through_inner else states
                     link.calibrate(sent, reader.embedding_norm(reader.encode(text)))
-
-    @property
-    def _through_inner_link(self) -> bool:
-        return self.settings.message == "inner+outer"
 
     def _place_links(self) -> None:
         for agent in self.agents.values():
@@ -375,7 +359,7 @@ class RecursiveSystem:
         sampling: SamplingParams | None = None,
         trace: str | bool = "summary",
         trace_dir: Path | None = None,
-        intervene: str | Intervention | None = None,
+        intervene: str | Intervention | Intervene | None = None,
         variant: str | None = None,
         instructions: str = "",
         keys: Sequence[str] | None = None,
@@ -387,9 +371,9 @@ class RecursiveSystem:
 
         `channel` is one name for all edges or one for each; `variant` a wording of the prompt set; `instructions` go
         where the prompts say `{instructions}`. `trace` is off, summary or full (True means full); with `trace_dir`
-        tensors go to disk batch by batch. `intervene` is shuffled, zero, or an `Intervention`; `seed` orders what is
-        shuffled. `keys` name the questions for sampling (default: their text). A batch that does not fit into the
-        memory of a GPU is halved. Raises `InputError`, `ConfigError` or `NumericsError`.
+        tensors go to disk batch by batch. `intervene` is shuffled, zero, or a function (see interventions.py); `seed`
+        orders what is shuffled. `keys` name the questions for sampling (default: their text). A batch that does not fit
+        into the memory of a GPU is halved. Raises `InputError`, `ConfigError` or `NumericsError`.
         """
         several = _as_questions(questions)
         level = _trace_level(trace)
@@ -398,29 +382,39 @@ class RecursiveSystem:
         if len(names) != len(several):
             raise InputError(f"{len(names)} keys were given for {len(several)} questions; give one for each")
         _check_whole("batch_size", batch_size, 1, 1_000_000)
-        if isinstance(intervene, Intervention):
-            batch_size = len(several)
         order, plan_of = self._intervened(plan, intervene, several, names, seed)
 
         def answer(rows: list[int]) -> list[Result]:
             return self._answer([several[row] for row in rows], [names[row] for row in rows], plan_of(rows), level)
 
-        place = Path(trace_dir) if trace_dir is not None and level != "off" else None
+        place = Path(trace_dir) if trace_dir is not None else None
+        if place is not None:
+            check_trace_dir(place, level)
         results = _in_batches(answer, order, batch_size, place, progress)
         answers = [results[row] for row in range(len(several))]
         return answers[0] if isinstance(questions, str) else answers
 
-    def stream(self, question: str, **options: Any) -> Iterator[PlayedTurn | TextDelta | Result]:
+    def stream(
+        self,
+        question: str,
+        *,
+        num_rounds: int | None = None,
+        num_latent_steps: int | None = None,
+        channel: str | Mapping[str, str] | None = None,
+        sampling: SamplingParams | None = None,
+        variant: str | None = None,
+        instructions: str = "",
+    ) -> Iterator[PlayedTurn | TextDelta | Result]:
         """Answer one question, telling what happens: each turn, pieces of the answer, then the `Result`.
 
-        Options: `num_rounds`, `num_latent_steps`, `channel`, `sampling`, `variant`, `instructions`, as in `run`.
+        Options as in `run`. Raises `InputError`, `ConfigError` or `NumericsError`.
         """
         [question] = _as_questions([question])
-        plan = self._plan(**{name: options.pop(name, None) for name in _PLAN_OPTIONS}, **options)
+        plan = self._plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
         meter = Meter(1, self._answering_model.device)
-        trace = self._new_trace(question, plan, "summary")
+        trace = self._new_trace(question, question, plan, "summary")
         # Gradients are switched off around each step, not around the yields: the mode is the caller's in between.
-        turns = self._play([question], [question], plan, meter)
+        turns = self._recursion.play([question], [question], plan, meter)
         while True:
             with torch.no_grad():
                 played = next(turns, None)
@@ -432,7 +426,7 @@ class RecursiveSystem:
                 continue
             tokens: list[int] = []
             told = ""
-            steps = played.agent.speak_steps(played.reading, plan.sampling, [_key(question, played.turn)])
+            steps = played.agent.speak_steps(played.reading, plan.sampling, [sampling_key(question, played.turn)])
             while True:
                 with torch.no_grad(), meter.phase(played.turn.round, played.turn.role, "decode"):
                     taken = next(steps, None)
@@ -446,7 +440,7 @@ class RecursiveSystem:
             reply = make_reply(played.agent.model, tokens, plan.sampling)
             if len(reply.text) > len(told):
                 yield TextDelta(reply.text[len(told) :])
-            _count_reply(meter, played.turn, [reply])
+            count_reply(meter, played.turn, [reply])
             trace.answer = reply.text
             yield Result(reply.text, meter.usages()[0], trace, reply.finished)
 
@@ -460,7 +454,7 @@ class RecursiveSystem:
         answer_rounds: Sequence[int] = (),
         variant: str | None = None,
         instructions: str = "",
-        intervene: Intervention | None = None,
+        intervene: str | Intervention | Intervene | None = None,
     ) -> Iterator[PlayedTurn]:
         """The same loop with gradients (eq. 2): play it turn by turn, for the caller to take losses from.
 
@@ -472,101 +466,25 @@ class RecursiveSystem:
         plan = self._plan(num_rounds, num_latent_steps, channel, None, variant, instructions)
         for round in answer_rounds:
             _check_whole("a round of answer_rounds", round, 1, plan.num_rounds)
-        plan = replace(plan, answer_rounds=tuple(answer_rounds), intervene=intervene or Intervention())
+        plan = replace(plan, answer_rounds=tuple(answer_rounds), intervene=as_intervention(intervene))
         meter = Meter(len(several), self._answering_model.device)
-        return self._play(several, several, plan, meter)
+        return self._recursion.play(several, several, plan, meter)
 
-    # The loop
+    # Batches
 
-    def _play(self, questions: Sequence[str], keys: Sequence[str], plan: _Plan, meter: Meter) -> Iterator[PlayedTurn]:
-        """Play a batch, turn by turn. The answering turn is read, and left to the caller to speak or to score."""
-        prefixes = PrefixStore()
-        known: dict[tuple[str, str], list[Segments]] = {}
-        sent: dict[tuple[int, Edge], Message] = {}
-        for turn in self.pattern.schedule(
-            plan.num_rounds, answer_rounds=plan.answer_rounds, is_open=plan.is_open, is_known=plan.is_known
-        ):
-            agent = self.agents[turn.role]
-            phase = partial(meter.phase, turn.round, turn.role)
-            with phase("prefill"):
-                prompts = self._prompts(turn, questions, plan, known)
-                reading = agent.read(prompts, self._inbox(turn, sent, plan), prefixes)
-            meter.count(turn.round, turn.role, prompt_tokens=reading.prompt_tokens, positions=reading.positions)
-            if turn.speaks:
-                yield PlayedTurn(turn, agent, reading)
-                continue
-            edges = {str(edge): plan.channels[str(edge)] for edge in turn.sends}
-            messages, replies = emit(
-                agent,
-                reading,
-                edges,
-                self.links,
-                num_latent_steps=plan.num_latent_steps,
-                sampling=plan.sampling,
-                keys=[_key(key, turn) for key in keys],
-                through_inner_link=self._through_inner_link,
-                phase=phase,
-            )
-            if any(channel.has_latents for channel in edges.values()):
-                meter.count(
-                    turn.round,
-                    turn.role,
-                    latent_steps=plan.num_latent_steps,
-                    positions=max(plan.num_latent_steps - 1, 0),
-                )
-            _count_reply(meter, turn, replies)
-            arrived = {}
-            for edge in turn.sends:
-                message = plan.intervene(messages[str(edge)], str(edge), turn.round)
-                _check_finite(message, edge, turn.round, keys)
-                sent[turn.round, edge] = arrived[str(edge)] = message
-            yield PlayedTurn(turn, agent, reading, arrived)
-
-    def _prompts(
-        self, turn: Turn, questions: Sequence[str], plan: _Plan, known: dict[tuple[str, str], list[Segments]]
-    ) -> list[Segments]:
-        """The prompt of a turn for every question; rendered once, where a later round has the same template."""
-        is_last = turn.speaks or turn.round == plan.num_rounds
-        key = turn.role, self.prompts.template(turn.role, round=turn.round, is_last=is_last)
-        if key not in known:
-            known[key] = [
-                self.prompts.segments(
-                    turn.role,
-                    question,
-                    render_chat=self.agents[turn.role].model.render_chat,
-                    round=turn.round,
-                    is_last=is_last,
-                    variant=plan.variant,
-                    instructions=plan.instructions,
-                )
-                for question in questions
-            ]
-        return known[key]
-
-    def _inbox(self, turn: Turn, sent: Mapping[tuple[int, Edge], Message], plan: _Plan) -> dict[str, Message]:
-        """What a role has been sent by the time of its turn, by sender."""
-        inbox = {}
-        for edge in self.pattern.sources(turn.role):
-            round = self.pattern.message_round(edge, turn.round)
-            if round > 0 and plan.is_open(edge):
-                message = plan.intervene.known(str(edge), round) or sent.get((round, edge))
-                if message is not None:
-                    inbox[edge.source] = message
-        return inbox
-
-    def _answer(self, questions: list[str], keys: list[str], plan: _Plan, level: str) -> list[Result]:
+    def _answer(self, questions: list[str], keys: list[str], plan: Plan, level: str) -> list[Result]:
         """Play one batch and speak."""
         meter = Meter(len(questions), self._answering_model.device)
-        traces = [self._new_trace(question, plan, level) for question in questions]
+        traces = [self._new_trace(*pair, plan, level) for pair in zip(questions, keys, strict=True)]
         replies: list[Reply] = []
         with torch.no_grad():
-            for played in self._play(questions, keys, plan, meter):
+            for played in self._recursion.play(questions, keys, plan, meter):
                 self._record(traces, played)
                 if played.turn.speaks:
                     with meter.phase(played.turn.round, played.turn.role, "decode"):
-                        names = [_key(key, played.turn) for key in keys]
+                        names = [sampling_key(key, played.turn) for key in keys]
                         replies = played.agent.speak(played.reading, plan.sampling, names)
-                    _count_reply(meter, played.turn, replies)
+                    count_reply(meter, played.turn, replies)
         results = []
         for reply, usage, trace in zip(replies, meter.usages(), traces, strict=True):
             trace.answer = reply.text
@@ -574,8 +492,13 @@ class RecursiveSystem:
         return results
 
     def _intervened(
-        self, plan: _Plan, intervene: str | Intervention | None, questions: list[str], keys: list[str], seed: int
-    ) -> tuple[list[int], Callable[[list[int]], _Plan]]:
+        self,
+        plan: Plan,
+        intervene: str | Intervention | Intervene | None,
+        questions: list[str],
+        keys: list[str],
+        seed: int,
+    ) -> tuple[list[int], Callable[[list[int]], Plan]]:
         """The order in which questions are answered, and the plan for some of them, under an intervention."""
         order = list(range(len(questions)))
         if intervene is None:
@@ -583,29 +506,27 @@ class RecursiveSystem:
         if isinstance(intervene, Replay) and intervene.batch_sizes - {len(questions)}:
             recorded = max(intervene.batch_sizes)
             raise InputError(f"messages of {recorded} questions were recorded; give just these, not {len(questions)}")
-        if isinstance(intervene, Intervention) or intervene == "zero":
-            changed = replace(plan, intervene=intervene if isinstance(intervene, Intervention) else Zero())
-            return order, lambda rows: changed
         if intervene != "shuffled":
-            raise ConfigError(choose("intervention", intervene, INTERVENTIONS))
+            applied = as_intervention(intervene)
+            return order, lambda rows: replace(plan, intervene=applied.for_rows(rows))
         if len(questions) < 2:
             raise InputError("shuffled hands each question the message of another one: give at least two questions")
         order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
         following = dict(zip(order, [*order[1:], order[0]], strict=True))
 
-        def of_the_next(rows: list[int]) -> _Plan:
+        def of_the_next(rows: list[int]) -> Plan:
             donors = [following[row] for row in rows]
             sent = self._messages([questions[row] for row in donors], [keys[row] for row in donors], plan)
             return replace(plan, intervene=Replay(sent))
 
         return order, of_the_next
 
-    def _messages(self, questions: list[str], keys: list[str], plan: _Plan) -> dict[tuple[str, int], Message]:
-        """Every message of a batch, by edge and round; nobody speaks."""
-        messages: dict[tuple[str, int], Message] = {}
+    def _messages(self, questions: list[str], keys: list[str], plan: Plan) -> Sent:
+        """Every message of a batch; nobody speaks."""
+        messages: Sent = {}
         meter = Meter(len(questions), self._answering_model.device)
         with torch.no_grad():
-            for played in self._play(questions, keys, plan, meter):
+            for played in self._recursion.play(questions, keys, plan, meter):
                 messages.update({(edge, played.turn.round): message for edge, message in played.messages.items()})
         return messages
 
@@ -623,13 +544,13 @@ class RecursiveSystem:
         sampling: SamplingParams | None,
         variant: str | None,
         instructions: str | None = None,
-    ) -> _Plan:
+    ) -> Plan:
         rounds = self.settings.num_rounds if num_rounds is None else num_rounds
         steps = self.settings.num_latent_steps if num_latent_steps is None else num_latent_steps
         _check_whole("num_rounds", rounds, 1, 1000)
         _check_whole("num_latent_steps", steps, 0, 100_000)
         self.prompts.variant(variant)
-        return _Plan(
+        return Plan(
             int(rounds),
             int(steps),
             choose_channels(self.settings.channel if channel is None else channel, self._edge_names),
@@ -642,7 +563,7 @@ class RecursiveSystem:
     def _edge_names(self) -> list[str]:
         return [str(edge) for edge in self.pattern.graph]
 
-    def _new_trace(self, question: str, plan: _Plan, level: str) -> Trace:
+    def _new_trace(self, question: str, key: str, plan: Plan, level: str) -> Trace:
         settings = {
             "system": self.settings.name,
             "pattern": self.pattern.name,
@@ -652,17 +573,21 @@ class RecursiveSystem:
             "variant": plan.variant,
             "instructions": plan.instructions,
             "sampling": plan.sampling.__dict__,
+            "key": key,
+            "intervention": type(plan.intervene).__name__,
             "library_version": library_version(),
         }
         return Trace(level, question, settings)
 
     def _record(self, traces: Sequence[Trace], played: PlayedTurn) -> None:
+        """Put what arrived in this turn into the traces, and before it what was at hand and is read now."""
         if traces[0].level == "off":
             return
-        for edge, message in played.messages.items():
+        arrived = {(edge, played.turn.round): message for edge, message in played.messages.items()}
+        for (edge, round), message in {**played.known, **arrived}.items():
             source, target = Edge.parse(edge)
             reader = self.agents[target].model
-            size = None if message.latents is None else message.latents.shape[1]
+            size = 0 if message.latents is None else message.latents.shape[1]
             nearest: list[Any] = []
             norms: list[list[float]] = []
             if message.latents is not None and size:
@@ -671,12 +596,12 @@ class RecursiveSystem:
             for row, trace in enumerate(traces):
                 trace.messages.append(
                     TracedMessage(
-                        played.turn.round,
+                        round,
                         source,
                         target,
                         None if message.texts is None else message.texts[row],
-                        norms[row] if norms else None,
-                        nearest[row * size : (row + 1) * size] if nearest and size else None,
+                        norms[row] if size else None,
+                        nearest[row * size : (row + 1) * size] if size else None,
                         self._kept(message, row) if trace.level == "full" else None,
                     )
                 )
@@ -688,21 +613,6 @@ class RecursiveSystem:
     def __repr__(self) -> str:
         models = ", ".join(f"{role}: {agent.model.config.model_type}" for role, agent in self.agents.items())
         return f"RecursiveSystem({self.settings.name!r}, pattern={self.pattern.name!r}, {models})"
-
-
-_PLAN_OPTIONS = ("num_rounds", "num_latent_steps", "channel", "sampling", "variant")
-
-
-def _key(key: str, turn: Turn) -> str:
-    """Names what is sampled: of this question, by this role, in this round."""
-    return f"{key}/{turn.role}/{turn.round}"
-
-
-def _count_reply(meter: Meter, turn: Turn, replies: Sequence[Reply]) -> None:
-    """A decoded token is counted when it is chosen; all but the last are also read."""
-    if replies:
-        counts = [len(reply.token_ids) for reply in replies]
-        meter.count(turn.round, turn.role, generated_tokens=counts, positions=[max(n - 1, 0) for n in counts])
 
 
 def _in_batches(
@@ -718,14 +628,8 @@ def _in_batches(
     number = 0
     while batches:
         rows = batches.pop(0)
-        try:
-            done = answer(rows)
-        except torch.cuda.OutOfMemoryError:
-            if len(rows) == 1:
-                raise InputError(
-                    "one question alone does not fit into the memory of the device; lower max_new_tokens or the "
-                    "number of latent steps, or use a smaller dtype"
-                ) from None
+        done = _unless_too_large(answer, rows)
+        if done is None:
             torch.cuda.empty_cache()
             batches[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
             continue
@@ -739,11 +643,37 @@ def _in_batches(
     return results
 
 
+def _unless_too_large(answer: Callable[[list[int]], list[Result]], rows: list[int]) -> list[Result] | None:
+    """The answers, or None if the memory of the GPU did not suffice. (Only after this has returned, it is free.)"""
+    try:
+        return answer(rows)
+    except torch.cuda.OutOfMemoryError:
+        if len(rows) > 1:
+            return None
+        raise InputError(
+            "one question alone does not fit into the memory of the device; lower max_new_tokens or the number of "
+            "latent steps, or use a smaller dtype"
+        ) from None
+
+
+def as_intervention(given: str | Intervention | Intervene | None) -> Intervention:
+    """An intervention from its name, or from a plain function. Raises `ConfigError`."""
+    if given is None:
+        return Intervention()
+    if isinstance(given, Intervention):
+        return given
+    if callable(given):
+        return Applied(given)
+    if given != "zero":
+        raise ConfigError(choose("intervention", given, INTERVENTIONS))
+    return Zero()
+
+
 def _trace_level(trace: str | bool) -> str:
-    level = {True: "full", False: "off"}.get(trace, str(trace)) if isinstance(trace, bool) else trace
+    level = ("off", "full")[trace] if isinstance(trace, bool) else trace
     if level not in LEVELS:
         raise ConfigError(choose("trace level", level, LEVELS))
-    return str(level)
+    return level
 
 
 def _as_questions(questions: Any) -> list[str]:
@@ -772,16 +702,6 @@ def _check_whole(name: str, value: Any, least: int, most: int) -> None:
     kind: Any = type(value)
     if not issubclass(kind, Integral) or kind is bool or not least <= value <= most:
         raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
-
-
-def _check_finite(message: Message, edge: Edge, round: int, keys: Sequence[str]) -> None:
-    if message.latents is None or bool(message.latents.isfinite().all()):
-        return
-    row, step = (~message.latents.isfinite()).any(dim=-1).nonzero()[0].tolist()
-    raise NumericsError(
-        f"the message {edge} of round {round} is not finite at latent step {step + 1}, for the question "
-        f"'{keys[row][:60]}'; run `recursivemas train` anew, or use float32"
-    )
 
 
 def _describe_agent(directory: Path, model: LanguageModel, place: str) -> AgentRecord:

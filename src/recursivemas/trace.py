@@ -221,6 +221,14 @@ class Trace:
         return f"Trace(level={self.level!r}, messages={len(self.messages)}, {shown})"
 
 
+def check_trace_dir(directory: Path, level: str) -> None:
+    """Refuse, before anything is computed, a directory that holds a trace, or a level with nothing to write."""
+    if level == "off":
+        raise ConfigError("a directory for the trace was given, but the trace is off; ask for summary or full")
+    if any(directory.glob("batch-*.json")):
+        raise OutputError(f"{directory} holds a trace, which exists already; give another directory")
+
+
 def save_traces(directory: Path, traces: Sequence[Trace], *, batch: int = 0) -> list[Trace]:
     """Write a batch of traces as one JSON file and one safetensors file; return them with their tensors on disk.
 
@@ -244,7 +252,9 @@ def save_traces(directory: Path, traces: Sequence[Trace], *, batch: int = 0) -> 
         if names[0].exists():
             raise OutputError(f"{names[0]} exists already; give another directory for the trace")
         save_file(tensors, names[1])
-        names[0].write_text(json.dumps({"format_version": 1, "traces": records}, indent=1), encoding="utf-8")
+        draft = names[0].with_suffix(".draft")
+        draft.write_text(json.dumps({"format_version": 1, "traces": records}, indent=1), encoding="utf-8")
+        draft.replace(names[0])
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write the trace to {directory}: {error}") from None
     return _read_batch(names[0])

@@ -1,6 +1,7 @@
 """The command line from outside: what it prints, what it writes, and how it fails (one line, no traceback)."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -72,11 +73,55 @@ def test_options_are_frozen() -> None:
     assert found == {
         "demo": ["as_json", "batch_size", "device", "dtype", "n", "output", "seed"],
         "run": sorted(
-            ["system", "questions", "channel", "rounds", "latent_steps", "variant", "intervene", "temperature", "top_p", "max_new_tokens", "stop", "trace", "replay", "until", "batch_size", "seed", "device", "dtype", "as_json"]
+            [
+                "system",
+                "questions",
+                "channel",
+                "rounds",
+                "latent_steps",
+                "variant",
+                "intervene",
+                "temperature",
+                "top_p",
+                "max_new_tokens",
+                "stop",
+                "trace",
+                "replay",
+                "until",
+                "batch_size",
+                "seed",
+                "device",
+                "dtype",
+                "as_json",
+            ]
         ),
         "train": ["as_json", "device", "recipe", "seed", "set_", "stage"],
         "eval": sorted(
-            ["system", "task", "data", "arms", "rounds", "latent_steps", "n", "split", "question_column", "target_column", "id_column", "scorer", "instructions", "temperature", "top_p", "max_new_tokens", "batch_size", "output", "overwrite", "seed", "device", "dtype", "as_json"]
+            [
+                "system",
+                "task",
+                "data",
+                "arms",
+                "rounds",
+                "latent_steps",
+                "n",
+                "split",
+                "question_column",
+                "target_column",
+                "id_column",
+                "scorer",
+                "instructions",
+                "temperature",
+                "top_p",
+                "max_new_tokens",
+                "batch_size",
+                "output",
+                "overwrite",
+                "seed",
+                "device",
+                "dtype",
+                "as_json",
+            ]
         ),
         "world": ["action", "as_json", "n", "name", "output", "seed", "split", "workers"],
     }
@@ -259,7 +304,9 @@ def test_training_in_stages_equals_training_at_once(invoke: Invoke, tmp_path: Pa
     }
     for stage in ("inner", "alignment"):
         assert invoke("train", "ward.yaml", "--stage", stage, "--set", "output=runs/staged").exit_code == 0
-    links = [RecursiveSystem.from_pretrained(tmp_path / "runs" / run / "system").all_links for run in ("test", "staged")]
+    links = [
+        RecursiveSystem.from_pretrained(tmp_path / "runs" / run / "system").all_links for run in ("test", "staged")
+    ]
     for name, link in links[0].items():
         for tensor, value in link.state_dict().items():
             assert (value == links[1][name].state_dict()[tensor]).all(), f"{name}/{tensor}"
@@ -277,9 +324,7 @@ def test_training_in_stages_equals_training_at_once(invoke: Invoke, tmp_path: Pa
         (["links.design=res-2-layr"], ["unknown link design", "res-2-layer"]),
     ],
 )
-def test_a_bad_setting_is_one_clear_line(
-    invoke: Invoke, tmp_path: Path, changes: list[str], words: list[str]
-) -> None:
+def test_a_bad_setting_is_one_clear_line(invoke: Invoke, tmp_path: Path, changes: list[str], words: list[str]) -> None:
     (tmp_path / "ward.yaml").write_text(RECIPE)
     settings = [part for change in changes for part in ("--set", change)]
     assert_refused(invoke("train", "ward.yaml", *settings), *words)
@@ -299,23 +344,39 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "recursivemas.cli.main", *map(str, arguments)]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "ward.yaml").write_text(RECIPE.replace("num_train_steps: 12", "num_train_steps: 4000"))
-    arguments = ("train", "ward.yaml", "--stage", "inner", "--set", "output=runs/stopped")
+STOPPED = {
+    "train": (("train", "ward.yaml", "--stage", "inner"), "runs/test/metrics.jsonl"),
+    "eval": (("eval", "SAVED", "--data", "mine.jsonl", "--out", "out", "--batch-size", "2"), "out/answers.jsonl"),
+    "demo": (("demo", "-n", "2000", "--batch-size", "10"), "runs/demo/answers.jsonl"),
+    "world": (("world", "ward", "build", "--out", "world"), "world/data/turns-solver.jsonl"),
+    "run": (("run", "SAVED", *["Why?"] * 3000, "--batch-size", "1", "--trace", "trace"), "trace/batch-00000.json"),
+}
+
+
+@pytest.mark.parametrize("verb", list(STOPPED))
+def test_ctrl_c_ends_every_verb_in_one_line_and_keeps_what_is_done(tmp_path: Path, saved: Path, verb: str) -> None:
+    (tmp_path / "ward.yaml").write_text(RECIPE.replace("num_train_steps: 12", "num_train_steps: 40000"))
+    rows = [{"question": f"Why {number}?", "answer": "1"} for number in range(4000)]
+    write_jsonl(tmp_path / "mine.jsonl", rows)
+    arguments, sign_of_life = STOPPED[verb]
     process = subprocess.Popen(
-        command(*arguments), cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command(*[saved if argument == "SAVED" else argument for argument in arguments]),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    metrics = tmp_path / "runs" / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 90
-    while not metrics.exists() and time.monotonic() < deadline:
+    while not (tmp_path / sign_of_life).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130, complaint
-    assert "interrupted" in complaint
+    assert complaint.strip().splitlines()[-1].startswith("recursivemas: interrupted")
     assert "Traceback" not in complaint
-    assert list((tmp_path / "runs" / "stopped" / "state").glob("inner-*.pt"))
+    assert (tmp_path / sign_of_life).stat().st_size > 0
 
 
 def small_files_only() -> None:

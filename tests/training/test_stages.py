@@ -26,13 +26,13 @@ from recursivemas.training.inner import InnerSettings, collect_pairs, cosine_los
 from recursivemas.training.loop import RunDirectory
 from recursivemas.training.recipe import Recipe, WorldSettings, fresh_links, parse_stages, train
 
-# With blanks that are tokens of their own, as newlines are in real vocabularies.
-TEXTS = ["A plan for the fox", "The critic improves it", "forty-two,\n\nand no more", "the river bank at dawn", "a dog"]
+# Without blanks: see test_blanks_that_are_tokens_of_their_own_are_aligned.
+TEXTS = ["A-plan-for-the-fox", "The-critic-improves-it", "forty-two", "river,bank,at,dawn", "dog"]
 
 
 def samples(role: str, number: int = 8) -> list[RoleSample]:
     return [
-        RoleSample(role=role, question=f"Question {i}?", target=f"{TEXTS[i % len(TEXTS)]} {i}.", num_rounds=2)
+        RoleSample(role=role, question=f"Question {i}?", target=f"{TEXTS[i % len(TEXTS)]},{i}.", num_rounds=2)
         for i in range(number)
     ]
 
@@ -170,6 +170,18 @@ def test_a_token_is_aligned_with_all_the_readers_tokens_of_its_characters(
         several += len(ids) > 1
         torch.testing.assert_close(found[row], table[ids].mean(dim=0))
     assert several > 0
+
+
+# A token of blanks alone gets a span that ends before it begins, (19, 18), and no token of the reader covers that.
+@pytest.mark.xfail(strict=True, raises=InputError, reason="bug 41: LanguageModel.spans turns blanks inside out")
+@pytest.mark.parametrize("text", ["A plan for the fox 0.", "forty-two,\n\nand no more", " 7 "])
+def test_blanks_that_are_tokens_of_their_own_are_aligned(tiny_models: dict[str, LanguageModel], text: str) -> None:
+    sender, reader = tiny_models["qwen3"], tiny_models["llama"]
+    token_ids, spans = sender.spans(text)
+    assert any(not sender.decode([token]).strip() for token in token_ids)
+    found = embeddings_of_spans(reader, text, spans)
+    assert found.shape == (len(token_ids), reader.hidden_size)
+    assert found.isfinite().all()
 
 
 def test_pairs_of_an_edge_are_what_its_link_gets_and_should_return(system: RecursiveSystem) -> None:

@@ -86,7 +86,8 @@ def evaluate(
         else _file_task(data or Path(), question_column, target_column, id_column, scorer, instructions, n, seed)
     )
     chosen = numbers(rounds, "--rounds") if rounds else list(range(1, loaded.settings.num_rounds + 1))
-    place = output or Path("runs/eval") / f"{Path(system).name}-{job.name}"
+    name = "-".join(part for part in Path(system).parts if part not in ("/", ".", ".."))
+    place = output or Path("runs/eval") / f"{name}-{job.name}"
     if (place / "report.json").exists():
         if not overwrite:
             raise OutputError(f"{place} holds a finished report; choose another --out, or replace it with --overwrite")
@@ -110,15 +111,17 @@ def evaluate(
         ),
         job,
     )
-    told = story.tell(
-        loaded,
-        job.samples[0],
-        rounds=max(chosen),
-        scorer=job.scorer,
-        instructions=job.instructions,
-        num_latent_steps=latent_steps,
-    )
     report.write_json(log, place)
+    told = None
+    if any(arm.name == "latent" for arm in log.answers):
+        told = story.tell(
+            loaded,
+            job.samples[0],
+            rounds=max(chosen),
+            scorer=job.scorer,
+            instructions=job.instructions,
+            num_latent_steps=latent_steps,
+        )
     report.write_html(log, told, place, title=f"{log.system} on {job.name}")
     if as_json:
         print_json(log.to_dict())
@@ -181,4 +184,7 @@ def _file_task(
     if scorer not in ("exact", "numeric"):
         raise ConfigError(choose("scorer", scorer, ("exact", "numeric")))
     samples = load_samples(file, question=question, target=target, id=id, limit=limit)
+    for sample in samples:
+        # A target that cannot be scored is found now, not after an hour.
+        SCORERS[scorer](sample.target, sample.target, sample.metadata)
     return Task(name=file.stem, samples=samples, scorer=SCORERS[scorer], instructions=instructions, seed=seed)

@@ -70,6 +70,10 @@ def run(
     from recursivemas.system import RecursiveSystem
     from recursivemas.trace import load_traces
 
+    if replay is not None and any(
+        each is not None for each in (questions, channel, rounds, latent_steps, variant, intervene)
+    ):
+        raise InputError("a replay takes its questions and settings from the trace; give none of your own")
     recorded = load_traces(replay) if replay is not None else []
     asked = [each.question for each in recorded] or _read_questions(questions)
     loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype)
@@ -171,7 +175,8 @@ def _recorded_options(recorded: list[Any], until: str | None) -> dict[str, Any]:
 
 def _stream(system: Any, question: str, options: dict[str, Any]) -> None:
     """Tell each turn on stderr and write the answer to stdout as it comes."""
-    from recursivemas.system import PlayedTurn, TextDelta
+    from recursivemas.recursion import PlayedTurn
+    from recursivemas.system import TextDelta
 
     told = 0
     for event in system.stream(question, **options):

@@ -52,7 +52,11 @@ def reported(command: Command) -> Command:
             command(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            complain("interrupted; what was finished is kept, and the same command goes on from there")
+            # Answers of `run` are on the terminal or nowhere; every other verb finds what it has done.
+            kept = (
+                "" if command.__name__ == "run" else "; what is done is kept, and the same command goes on from there"
+            )
+            complain(f"interrupted{kept}")
             raise typer.Exit(130) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

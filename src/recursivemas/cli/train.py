@@ -48,7 +48,8 @@ def train(
     settings = parse(Recipe, override(read_yaml(recipe), changes), where=str(recipe))
     stages = parse_stages(stage)
     world = load_world(settings.world.name, settings.world.seed)
-    base = RecursiveSystem.from_pretrained(settings.system, device=device)
+    # Links are trained in float32, through agents in float32: half precision would be rounded away.
+    base = RecursiveSystem.from_pretrained(settings.system, device=device, dtype="float32")
     run = RunDirectory(Path(settings.output), settings.model_dump(mode="json"))
     system = fresh_links(base, settings)
     with progress_bar() as bar:
@@ -72,8 +73,8 @@ def train(
         "seed": settings.seed,
         "world": settings.world.model_dump(),
         "recipe": settings.model_dump(mode="json", exclude={"system", "output"}),
-        "agents": base.training.get("agents", {}),
         "stages": reports,
+        "base": base.training.get("base", base.training),
     }
     place = Path(settings.output) / "system"
     system.save_pretrained(place, dtype=settings.save_dtype, overwrite=True)

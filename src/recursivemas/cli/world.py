@@ -19,9 +19,7 @@ def world(
     output: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="build: where it goes. Default: runs/worlds/NAME.")
     ] = None,
-    n: Annotated[
-        int, typer.Option("-n", "--n", min=1, help="sample: how many; build: cases written of each split.")
-    ] = 3,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="sample: how many.")] = 3,
     split: Annotated[str, typer.Option(help="sample: train, validation or test.")] = "test",
     workers: Annotated[int, typer.Option(min=1, help="build: agents trained at the same time.")] = 2,
     seed: Annotated[

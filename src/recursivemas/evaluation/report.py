@@ -49,7 +49,7 @@ ACCURACY = {
 ARM_NOTES = {
     "latent": "the agents hand each other latents",
     "text": "the same agents, prompts and rounds, handing each other text",
-    "both": "each message is text, followed by latents",
+    "both": "each message is latents, followed by text",
     "solo": "the answering agent alone, with a prompt of its own",
     "none": "the answering agent with empty slots where messages would be",
     "zero": "messages of zeros",

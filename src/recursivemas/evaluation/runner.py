@@ -15,6 +15,7 @@ come; a run that was stopped goes on where it was. Knows systems from outside on
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,6 +133,8 @@ class EvalLog:
         ours, theirs = self.answers[a], self.answers[b]
         difference = paired_difference([each.score for each in ours], [each.score for each in theirs])
         tokens = _mean_of(theirs, "generated_tokens")
+        # What other questions' messages cost is not counted to the shuffled arm, so its speed says nothing.
+        speedup = _mean_of(theirs, "seconds") / max(_mean_of(ours, "seconds"), 1e-12)
         return {
             "a": a.label,
             "b": b.label,
@@ -139,7 +142,7 @@ class EvalLog:
             "accuracy_difference": difference.value,
             "stderr": _number(difference.stderr),
             "p_value": _number(difference.p_value),
-            "speedup": _number(_mean_of(theirs, "seconds") / max(_mean_of(ours, "seconds"), 1e-12)),
+            "speedup": None if b.name == "shuffled" else _number(speedup),
             "token_reduction": _number(1 - _mean_of(ours, "generated_tokens") / tokens) if tokens else None,
         }
 
@@ -174,6 +177,8 @@ def evaluate(
     progress: Progress | None = None,
 ) -> EvalLog:
     """Let every arm answer every question of a task. With a `journal` file, goes on where an earlier run stopped."""
+    if len(task.samples) < 2 and any(arm.name == "shuffled" for arm in arms):
+        raise ConfigError("the arm shuffled hands each question the message of another: it needs two questions or more")
     steps = system.settings.num_latent_steps if num_latent_steps is None else num_latent_steps
     log = EvalLog(system.settings.name, task, steps, seed, {arm: [] for arm in arms})
     log.settings = {
@@ -257,10 +262,16 @@ def _score(task: Task, sample: Sample, result: Result) -> Answer:
 
 
 def _hash_of(system: RecursiveSystem, task: Task) -> str:
-    """Changes with the questions, with what they are scored against, and with the links."""
+    """Changes with the questions, with what they are scored against, and with every part of the system."""
     digest = hashlib.sha256(f"{task.seed}{task.instructions}{getattr(task.scorer, '__name__', '')}".encode())
     for sample in task.samples:
         digest.update(f"{sample.id}\0{sample.question}\0{sample.target}\0".encode())
+    for part in (system.settings, system.pattern, system.prompts):
+        digest.update(part.model_dump_json().encode())
+    for role, agent in sorted(system.agents.items()):
+        model = agent.model
+        digest.update(f"{role}\0{model.source}\0{model.revision}\0".encode())
+        digest.update(b"" if model.source else model.fingerprint().encode())
     for name, link in sorted(system.all_links.items()):
         digest.update(name.encode())
         for tensor in link.state_dict().values():
@@ -289,6 +300,10 @@ class _Journal:
         """Take over the answers of an earlier run; a last line that was cut by a kill is dropped."""
         try:
             first, *lines = file.read_text(encoding="utf-8").split("\n")
+            if not lines:
+                # Stopped before the first line was complete: there is nothing to take over.
+                file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+                return
             found = json.loads(first)
             records = [json.loads(line) for line in lines[:-1]]
             answers = [(record.pop("arm"), Answer(**record)) for record in records]
@@ -299,8 +314,8 @@ class _Journal:
                 f"{file} belongs to an evaluation with other settings; choose another place with --out, or remove it"
             )
         self._known = {(arm, answer.id): answer for arm, answer in answers}
-        if lines[-1:] != [""]:
-            file.write_text("\n".join([first, *lines[:-1], ""]), encoding="utf-8")
+        if lines[-1]:
+            os.truncate(file, file.stat().st_size - len(lines[-1].encode()))
 
     def find(self, arm: Arm, samples: Sequence[Sample]) -> list[Answer] | None:
         """The answers of an arm to these questions, if all of them are there."""

@@ -45,7 +45,7 @@ def load_samples(
     Raises `InputError` with the line number for whatever cannot be used.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(f"there is no file {file}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -52,22 +52,21 @@ def overlapping(span: Span, others: Sequence[Span]) -> list[int]:
 
 @torch.no_grad()
 def embeddings_of_spans(reader: LanguageModel, text: str, spans: Sequence[Span]) -> Float[Tensor, "span hidden_size"]:
-    """How the reader embeds the characters of each span: the mean over its tokens that overlap it."""
+    """How the reader embeds the characters of each span: the mean over its tokens that overlap it; nan if none does."""
     token_ids, reader_spans = reader.spans(text)
     embeds = reader.embed(torch.tensor(token_ids)).float().cpu()
-    rows = []
-    for span in spans:
-        chosen = overlapping(span, reader_spans)
-        if not chosen:
-            raise InputError(f"no token of the reader covers the characters {span} of {text!r}")
-        rows.append(embeds[chosen].mean(dim=0))
-    return torch.stack(rows)
+    nothing = torch.full((reader.hidden_size,), torch.nan)
+    chosen = [overlapping(span, reader_spans) for span in spans]
+    return torch.stack([embeds[places].mean(dim=0) if places else nothing for places in chosen])
 
 
 def alignment_pairs(
     sender: Agent, reader: LanguageModel, turns: Sequence[Turn], *, through_inner_link: bool = True
 ) -> tuple[Float[Tensor, "pair source_size"], Float[Tensor, "pair target_size"]]:
-    """What the link of an edge is given, and what it should return, for every token of every turn of the sender."""
+    """What the link of an edge is given, and what it should return, for every token of every turn of the sender.
+
+    Tokens for which the reader has no words (blanks, as a rule) are left out. Raises `InputError` if none is left.
+    """
     pairs = collect_pairs(sender.model, turns, with_end=False)
     known: dict[str, Tensor] = {}
     for turn in turns:
@@ -76,10 +75,13 @@ def alignment_pairs(
     targets = torch.stack(
         [known[turns[turn].target][place] for turn, place in zip(pairs.turn_of, pairs.place_of, strict=True)]
     )
-    states = pairs.states.to(sender.model.device)
+    kept = targets.isfinite().all(dim=-1)
+    if not bool(kept.any()):
+        raise InputError("the reader has no words for anything that the sender writes; are these texts empty?")
+    states = pairs.states[kept].to(sender.model.device)
     with torch.no_grad():
         features = sender.inner_link(states) if through_inner_link else states
-    return features, targets.to(sender.model.device)
+    return features, targets[kept].to(sender.model.device)
 
 
 @torch.no_grad()

@@ -51,10 +51,11 @@ class Recipe(Config):
     """Directory of the run: metrics, state, and in the end the system."""
     seed: int = 0
     """Draws the links and the batches."""
-    num_rounds: int = Field(default=3, ge=1)
-    num_latent_steps: int = Field(default=16, ge=0)
-    message: Literal["inner+outer", "outer"] = "inner+outer"
-    max_new_tokens: int = Field(default=512, ge=1)
+    num_rounds: int | None = Field(default=None, ge=1)
+    """Settings of the trained system, this one and the next three; by default those of `system`."""
+    num_latent_steps: int | None = Field(default=None, ge=0)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    message: Literal["inner+outer", "outer"] | None = None
     links: LinkSettings = LinkSettings()
     inner: InnerSettings = InnerSettings()
     alignment: AlignmentSettings = AlignmentSettings()
@@ -77,6 +78,8 @@ def fresh_links(system: RecursiveSystem, recipe: Recipe) -> RecursiveSystem:
     """The same agents, pattern and prompts, with links drawn anew from the recipe's seed, and its settings."""
     models = {role: agent.model for role, agent in system.agents.items()}
     form = recipe.links
+    names = ("num_rounds", "num_latent_steps", "max_new_tokens", "message")
+    changed = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
     return RecursiveSystem.build(
         agents=models,
         pattern=system.pattern,
@@ -84,11 +87,7 @@ def fresh_links(system: RecursiveSystem, recipe: Recipe) -> RecursiveSystem:
         design=form.design,
         link_options={"bias": form.bias},
         seed=recipe.seed,
-        name=system.settings.name,
-        num_rounds=recipe.num_rounds,
-        num_latent_steps=recipe.num_latent_steps,
-        message=recipe.message,
-        max_new_tokens=recipe.max_new_tokens,
+        **{**system.settings.model_dump(), **changed},
     )
 
 
@@ -107,6 +106,11 @@ def train(
     are compared, bit by bit, before and after. Raises `AssertionError` if one of them changed: that would be a fault of
     this package.
     """
+    if run is not None and "inner" in stages and run.has("alignment") and not _is_done(run, system):
+        raise ConfigError(
+            f"{run.path} holds outer links that were aligned to other inner links than would be trained now; train "
+            "both stages in a new directory (--set output=...)"
+        )
     fingerprints = {role: agent.model.fingerprint() for role, agent in system.agents.items()}
     reports: dict[str, Any] = {}
     number = max(recipe.inner.num_samples, recipe.alignment.num_samples)
@@ -131,7 +135,7 @@ def train(
                 sender,
                 reader,
                 turns[edge.source][: recipe.alignment.num_samples],
-                through_inner_link=recipe.message == "inner+outer",
+                through_inner_link=system.settings.message == "inner+outer",
             )
             reports[f"alignment {name}"] = train_alignment(
                 name, link, features, targets, recipe.alignment, seed=recipe.seed, run=run, progress=progress
@@ -143,6 +147,10 @@ def train(
 
 def _speaks(sample: RoleSample, pattern: Pattern) -> bool:
     return sample.role == pattern.answers and (sample.solo or sample.round == sample.num_rounds)
+
+
+def _is_done(run: RunDirectory, system: RecursiveSystem) -> bool:
+    return all(run.load(f"inner-{role}") is not None for role in system.agents)
 
 
 def _is_begun(run: RunDirectory | None, stage: str) -> bool:
