@@ -279,16 +279,16 @@ class LanguageModel:
         return [known[text] for text in texts]
 
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a piece of text, and the characters [start, end) that each token covers, blanks around left out.
+        """Token ids of a piece of text, and the characters [start, end) that each token covers.
 
-        A token of nothing but blanks covers nothing: its span is empty.
+        Blanks around the words of a token are left out; a token of nothing but blanks covers these.
         """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = []
         for start, end in encoded["offset_mapping"]:
             piece = text[start:end]
             first = start + len(piece) - len(piece.lstrip())
-            spans.append((first, first + len(piece.strip())))
+            spans.append((first, first + len(piece.strip())) if piece.strip() else (start, end))
         return list(encoded["input_ids"]), spans
 
     def decode(self, token_ids: Sequence[int]) -> str:

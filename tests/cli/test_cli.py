@@ -263,7 +263,8 @@ def test_a_file_of_questions_is_evaluated(invoke: Invoke, saved: Path, tmp_path:
         ('{"question": "Why?", "answer": "1"}\n', ["--scorer", "nmeric"], ["unknown scorer", "numeric"]),
         ('{"question": "Why?", "answer": "1"}\n', ["--arms", "latent,txt"], ["unknown arm 'txt'", "'text'"]),
         ('{"question": "Why?", "answer": "1"}\n', ["--rounds", "one"], ["--rounds", "1,2,3"]),
-        ('{"question": "Why?", "answer": "1"}\n', ["--rounds", "0"], ["num_rounds"]),
+        ('{"question": "Why?", "answer": "1"}\n', ["--rounds", "0", "--arms", "latent"], ["num_rounds"]),
+        ('{"question": "Why?", "answer": "1"}\n', [], ["shuffled", "two questions"]),
         ('{"question": "Why?", "answer": "1"}\n', ["-n", "0"], ["-n"]),
     ],
 )

@@ -223,9 +223,17 @@ def test_a_journal_of_another_evaluation_is_refused_and_untouched(
     assert journal.read_text() == before
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"years of work", b"years\nof\nwork\n", b"\xff\xfe\n", b"[1]\n", b'{"num_lat']
-)
+@pytest.mark.parametrize("content", [b"", b'{"num_lat'])
+def test_a_journal_that_was_cut_in_its_first_line_is_begun_anew(
+    system: RecursiveSystem, task: Task, tmp_path: Path, content: bytes
+) -> None:
+    journal = tmp_path / "answers.jsonl"
+    journal.write_bytes(content)
+    evaluate(system, task, [Arm("none", 1)], sampling=SAMPLING, journal=journal)
+    assert len(journal.read_text().splitlines()) == 1 + len(task.samples)
+
+
+@pytest.mark.parametrize("content", [b"years of work", b"years\nof\nwork\n", b"\xff\xfe\n", b"[1]\n"])
 def test_a_file_that_is_no_journal_is_refused_and_untouched(
     system: RecursiveSystem, task: Task, tmp_path: Path, content: bytes
 ) -> None:

@@ -300,8 +300,8 @@ class _Journal:
         """Take over the answers of an earlier run; a last line that was cut by a kill is dropped."""
         try:
             first, *lines = file.read_text(encoding="utf-8").split("\n")
-            if not lines:
-                # Stopped before the first line was complete: there is nothing to take over.
+            if not lines and json.dumps(identity).startswith(first):
+                # Stopped while the first line was written: there is nothing to take over.
                 file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
                 return
             found = json.loads(first)

@@ -9,11 +9,13 @@ Agents are small and independent of each other, so they are trained in processes
 """
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,17 @@ def build(
     if (directory / "system").exists():
         raise OutputError(f"{directory} holds a finished world already; choose another --out, or remove it first")
     write_data(world, directory / "data")
-    with ProcessPoolExecutor(max_workers=workers, mp_context=get_context("spawn")) as pool:
+    running: list[subprocess.Popen[str]] = []
+    with ThreadPoolExecutor(max_workers=workers) as pool:
         jobs = {
-            role: pool.submit(_pretrain_in_process, world.name, world.seed, role, directory / "training" / role)
+            role: pool.submit(_in_process, world.name, world.seed, role, directory / "training" / role, running)
             for role in world.roles
         }
         try:
             _watch(world, jobs, directory, progress)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=True, cancel_futures=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            _stop(running)
             raise
     agents = {role: job.result() for role, job in jobs.items()}
     models = {
@@ -88,8 +92,35 @@ def _lines(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _pretrain_in_process(name: str, seed: int, role: str, directory: Path) -> dict[str, Any]:
-    """One agent, in a process of its own; its progress is read from its metrics file."""
+def _in_process(
+    name: str, seed: int, role: str, directory: Path, running: list[subprocess.Popen[str]]
+) -> dict[str, Any]:
+    """Make one agent in a process of its own; its progress is read from its metrics file."""
+    command = [sys.executable, "-m", "recursivemas.worlds.building", name, str(seed), role, str(directory)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.append(process)
+    printed, complaint = process.communicate()
+    if process.returncode != 0:
+        reason = (complaint.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise OutputError(f"the agent of the {role} could not be made: {reason}")
+    summary: dict[str, Any] = json.loads(printed)
+    return summary
+
+
+def _stop(running: list[subprocess.Popen[str]]) -> None:
+    """End processes that make agents. Ctrl-C has reached them, as a rule, and they are saving their state."""
+    for process in running:
+        for insist in (lambda: None, lambda each=process: each.send_signal(signal.SIGINT), process.kill):
+            insist()
+            try:
+                process.wait(timeout=5)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def make_agent(name: str, seed: int, role: str, directory: Path) -> dict[str, Any]:
+    """Make one agent and save it in `directory`/agent; return what is known of it."""
     torch.set_num_threads(1)
     world = load_world(name, seed)
     recipe = world.agent_recipes[role]
@@ -113,9 +144,7 @@ def _watch(
     """Report the progress of every agent until all are done; the first that fails ends the build."""
     while any(not job.done() for job in jobs.values()):
         for role, job in jobs.items():
-            if job.done() and job.exception() is not None:
-                for other in jobs.values():
-                    other.cancel()
+            if job.done():
                 job.result()
             _report(role, directory / "training" / role / "metrics.jsonl", world, progress)
         time.sleep(_POLL_SECONDS)
@@ -132,3 +161,7 @@ def _last_record(metrics: Path) -> dict[str, Any]:
     whole = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     record: dict[str, Any] = json.loads(whole[-1]) if whole else {"step": 0, "loss": float("nan")}
     return record
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(make_agent(sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))))
