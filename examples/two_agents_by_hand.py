@@ -1,7 +1,8 @@
 """A latent hand-off by hand: two small models, PyTorch and transformers, none of our classes between them.
 
-A critic has read a case and would write a note; a solver would read it. Instead of the note, the solver gets the
-critic's last hidden states. Three ways to do that break, and one does not. Run: python examples/two_agents_by_hand.py
+A critic has read a case and a planner's note, and would write a note of its own; a solver would read it. Instead of
+the note, the solver gets the critic's last hidden states. Three ways to do that break, and one does not.
+Run: python examples/two_agents_by_hand.py
 """
 
 from pathlib import Path
@@ -22,14 +23,15 @@ def ids(tokenizer, text):
 
 
 @torch.no_grad()
-def note_of(case, length=4):
+def note_of(turn, length=4):
     """The critic's greedy note, and the states that led to its words: one state a token, (4, 80)."""
-    prompt = ids(critic_tok, f"[INST]{case} Note:") + ids(critic_tok, " Short note:[/INST]")
+    prompt = [f"[INST]{turn.question} Note:", turn.messages["planner"], " Short note:[/INST]"]
+    tokens = [token for piece in prompt for token in ids(critic_tok, piece)]
     states = []
     for _ in range(length):
-        states.append(critic.model(torch.tensor([prompt])).last_hidden_state[0, -1])
-        prompt.append(critic.lm_head(states[-1]).argmax().item())
-    return prompt[-length:], torch.stack(states)
+        states.append(critic.model(torch.tensor([tokens])).last_hidden_state[0, -1])
+        tokens.append(critic.lm_head(states[-1]).argmax().item())
+    return tokens[-length:], torch.stack(states)
 
 
 @torch.no_grad()
@@ -47,11 +49,17 @@ def as_solver_reads(note):
     return solver.get_input_embeddings()(torch.tensor(ids(solver_tok, critic_tok.decode(note)))).detach()
 
 
-world = load_world("ward")
-train = [note_of(sample.question) for sample in world.samples("train", 200, seed=0)]
+def turns(split, n):
+    """Turns of the critic in round 3: a case, the planner's note on it, and the disease it really is."""
+    found = load_world("ward").role_samples(split, 4 * n, seed=0, role="critic")
+    return [turn for turn in found if turn.round == 3][:n]
+
+
+train = [note_of(turn) for turn in turns("train", 200)]
 H = torch.cat([states for _, states in train])  # (800, 80): the critic's states
 E = torch.cat([as_solver_reads(note) for note, _ in train])  # (800, 80): the solver's embeddings of the same words
 ridge = torch.linalg.solve(H.T @ H + 0.1 * torch.eye(80), H.T @ E)
+torch.manual_seed(0)
 channels = {
     "nothing (the solver alone)": lambda note, states: states[:0],
     "the note, as text": lambda note, states: as_solver_reads(note),
@@ -60,10 +68,10 @@ channels = {
     "states through a random matrix": lambda note, states: states @ torch.randn(80, 80) * E.norm() / H.norm() / 80**0.5,
     "states through a linear map fitted on 200 notes": lambda note, states: states @ ridge,
 }
-cases = world.samples("test", 200, seed=1)
-notes = [note_of(sample.question) for sample in cases]
+cases = turns("test", 200)
+notes = [note_of(turn) for turn in cases]
 for name, channel in channels.items():
-    answers = [diagnosis(sample.question, channel(*note)) for sample, note in zip(cases, notes, strict=True)]
-    right = [s.metadata["posterior"].get(answer, 0.0) for s, answer in zip(cases, answers, strict=True)]
+    answers = [diagnosis(turn.question, channel(*note)) for turn, note in zip(cases, notes, strict=True)]
+    right = [turn.target.startswith(answer) for turn, answer in zip(cases, answers, strict=True)]
     print(f"{sum(right) / len(right):.3f}  {name}")
-print(f"({len(cases)} cases; mean probability of the diagnosis given the whole case; standard error about .025)")
+print(f"(share of right diagnoses in {len(cases)} held-out cases; standard error about .03)")

@@ -20,7 +20,8 @@ INTRO = (
     "agent that owns it, and some findings mean something only in the light of what another agent has concluded; so "
     "each round uncovers one more layer, and the best possible accuracy of each round is known exactly. The agents "
     "are frozen language models of three architectures, with three vocabularies; only the links between them are "
-    "trained. The case told below is the first in which every round uncovers something, whoever gets it right."
+    "trained. The case told below is the first in which every round uncovers something and little doubt is "
+    "left in the end, whoever gets it right."
 )
 
 
@@ -73,9 +74,14 @@ def demo(
 
 
 def _worth_telling(samples: "Sequence[Sample]") -> "Sample":
-    """The first case in which every round uncovers something: chosen by the case, never by how it was answered."""
+    """The first case in which every round uncovers something and little doubt is left in the end.
+
+    It is chosen by the case, never by how it was answered.
+    """
     for sample in samples:
         values = list(sample.metadata["optimum"].values())
-        if all(earlier < later for earlier, later in itertools.pairwise(values)):
+        if max(sample.metadata["posterior"].values()) > 0.9 and all(
+            earlier < later for earlier, later in itertools.pairwise(values)
+        ):
             return sample
     return samples[0]
