@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from recursivemas import errors
-from recursivemas.errors import RecursiveMASError, choose
+from recursivemas.errors import RecursiveMASError, unknown_name
 
 
 def test_every_error_is_in_the_tree_that_the_module_draws() -> None:
@@ -30,4 +30,4 @@ def test_every_error_is_in_the_tree_that_the_module_draws() -> None:
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest_and_all_known(given: object, known: list[str], text: str) -> None:
-    assert choose("thing", given, known) == text
+    assert unknown_name("thing", given, known) == text

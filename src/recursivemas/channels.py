@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recursivemas.agents import Agent, Message, Reading
 from recursivemas.decoding import Reply, SamplingParams
-from recursivemas.errors import ConfigError, choose
+from recursivemas.errors import ConfigError, unknown_name
 from recursivemas.links import RecursiveLink
 
 
@@ -47,19 +47,19 @@ def choose_channels(channel: str | Mapping[str, str], edges: Sequence[str]) -> d
     """The channel of every edge, from one name for all or a name for each. Raises `ConfigError`."""
     if isinstance(channel, str):
         if channel not in CHANNELS:
-            raise ConfigError(choose("channel", channel, CHANNELS))
+            raise ConfigError(unknown_name("channel", channel, CHANNELS))
         channel = dict.fromkeys(edges, channel)
     if not isinstance(channel, Mapping):
         raise ConfigError(f"a channel is a name, or a mapping of edges to names; got {channel!r}")
     for edge in channel:
         if edge not in edges:
-            raise ConfigError(choose("edge", edge, edges))
+            raise ConfigError(unknown_name("edge", edge, edges))
     for edge in edges:
         if edge not in channel:
             raise ConfigError(f"no channel was given for the edge '{edge}'; give one name for all edges, or all edges")
     for name in channel.values():
         if name not in CHANNELS:
-            raise ConfigError(choose("channel", name, CHANNELS))
+            raise ConfigError(unknown_name("channel", name, CHANNELS))
     return {edge: CHANNELS[channel[edge]] for edge in edges}
 
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from recursivemas.config import Config, parse
-from recursivemas.errors import CheckpointError, ConfigError, OutputError, PatternError, choose
+from recursivemas.errors import CheckpointError, ConfigError, OutputError, PatternError, unknown_name
 from recursivemas.links import LinkConfig, RecursiveLink
 from recursivemas.models import LanguageModel, choose_dtype
 from recursivemas.patterns import Edge, Pattern
@@ -114,7 +114,7 @@ def find_system(name_or_path: str | Path) -> Path:
     if name.count("/") == 1 and not path.is_absolute() and not name.startswith("."):
         return _download(name)
     raise CheckpointError(
-        choose("system", name, bundled_systems()) + "; a directory, or a Hugging Face repository, serves as well"
+        unknown_name("system", name, bundled_systems()) + "; a directory, or a Hugging Face repository, serves as well"
     )
 
 

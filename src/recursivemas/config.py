@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from recursivemas.errors import ConfigError, choose
+from recursivemas.errors import ConfigError, unknown_name
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -76,7 +76,9 @@ def _complaint(model: type[BaseModel], error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return choose("setting", key, [".".join([*location[:-1], name]) for name in _fields(model, location[:-1])])
+        return unknown_name(
+            "setting", key, [".".join([*location[:-1], name]) for name in _fields(model, location[:-1])]
+        )
     if error["type"] == "missing":
         return f"the setting '{key}' is missing"
     given = repr(error.get("input"))

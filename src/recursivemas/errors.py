@@ -49,10 +49,10 @@ class NumericsError(RecursiveMASError):
     """A latent or a loss is not finite."""
 
 
-def choose(kind: str, given: object, known: Iterable[str]) -> str:
+def unknown_name(kind: str, given: object, known: Iterable[str]) -> str:
     """The text of an "unknown name" error: what was given, the nearest known name, and all of them.
 
-    >>> choose("channel", "latnet", ["latent", "text"])
+    >>> unknown_name("channel", "latnet", ["latent", "text"])
     "unknown channel 'latnet': did you mean 'latent'? (known: latent, text)"
     """
     names = sorted(known)

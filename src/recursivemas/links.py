@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recursivemas.errors import CheckpointError, ConfigError, NumericsError, choose
+from recursivemas.errors import CheckpointError, ConfigError, NumericsError, unknown_name
 
 
 class Design(NamedTuple):
@@ -68,9 +68,9 @@ class LinkConfig:
 
     def __post_init__(self) -> None:
         if self.design not in DESIGNS:
-            raise ConfigError(choose("link design", self.design, DESIGNS))
+            raise ConfigError(unknown_name("link design", self.design, DESIGNS))
         if self.kind not in ("inner", "outer"):
-            raise ConfigError(choose("kind of link", self.kind, ("inner", "outer")))
+            raise ConfigError(unknown_name("kind of link", self.kind, ("inner", "outer")))
         if min(self.source_size, self.target_size, self.intermediate_size or 1) < 1:
             raise ConfigError(f"a link needs sizes of at least 1, got {self.source_size} -> {self.target_size}")
         if self.kind == "inner" and self.source_size != self.target_size:

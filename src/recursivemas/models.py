@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from recursivemas.cache import LatentCache
-from recursivemas.errors import ConfigError, InputError, ModelError, choose
+from recursivemas.errors import ConfigError, InputError, ModelError, unknown_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _EMBEDDING_CHUNK = 16384
@@ -53,7 +53,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if dtype in (None, "auto"):
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
-        raise ConfigError(choose("dtype", str(dtype), [*DTYPES, "auto"]))
+        raise ConfigError(unknown_name("dtype", str(dtype), [*DTYPES, "auto"]))
     return DTYPES[dtype]
 
 

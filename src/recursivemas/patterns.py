@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, model_validator
 
 from recursivemas.config import Config, parse, read_yaml
-from recursivemas.errors import ConfigError, PatternError, choose
+from recursivemas.errors import ConfigError, PatternError, unknown_name
 
 BUNDLED = Path(__file__).parent / "bundled" / "patterns"
 
@@ -72,7 +72,7 @@ class Pattern(Config):
             return parse(cls, source, where="pattern")
         path = Path(source) if Path(source).suffix in (".yaml", ".yml") else BUNDLED / f"{source}.yaml"
         if path.parent == BUNDLED and not path.is_file():
-            raise ConfigError(choose("pattern", str(source), [each.stem for each in BUNDLED.glob("*.yaml")]))
+            raise ConfigError(unknown_name("pattern", str(source), [each.stem for each in BUNDLED.glob("*.yaml")]))
         return parse(cls, read_yaml(path), where=str(path))
 
     @model_validator(mode="after")
@@ -87,7 +87,7 @@ class Pattern(Config):
             raise PatternError(f"pattern '{self.name}' names a role twice in its stages: {', '.join(self.roles)}")
         for role in [self.answers, *(role for edge in self.graph for role in edge)]:
             if role not in self.roles:
-                raise PatternError(f"pattern '{self.name}': " + choose("role", role, self.roles))
+                raise PatternError(f"pattern '{self.name}': " + unknown_name("role", role, self.roles))
         if len(set(self.graph)) != len(self.graph):
             raise PatternError(f"pattern '{self.name}' names an edge twice: {', '.join(self.edges)}")
         return self
@@ -106,7 +106,7 @@ class Pattern(Config):
         """The same graph with other names for its roles."""
         for role in names:
             if role not in self.roles:
-                raise PatternError(f"pattern '{self.name}': " + choose("role", role, self.roles))
+                raise PatternError(f"pattern '{self.name}': " + unknown_name("role", role, self.roles))
 
         def new(role: str) -> str:
             return names.get(role, role)

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, model_validator
 
 from recursivemas.config import Config, parse, read_yaml
-from recursivemas.errors import ConfigError, PatternError, choose
+from recursivemas.errors import ConfigError, PatternError, unknown_name
 
 BUNDLED = Path(__file__).parent / "bundled" / "prompts"
 
@@ -78,7 +78,7 @@ class PromptSet(Config):
             return parse(cls, source, where="prompt set")
         path = Path(source) if Path(source).suffix in (".yaml", ".yml") else BUNDLED / f"{source}.yaml"
         if path.parent == BUNDLED and not path.is_file():
-            raise ConfigError(choose("prompt set", str(source), [each.stem for each in BUNDLED.glob("*.yaml")]))
+            raise ConfigError(unknown_name("prompt set", str(source), [each.stem for each in BUNDLED.glob("*.yaml")]))
         return parse(cls, read_yaml(path), where=str(path))
 
     @model_validator(mode="after")
@@ -100,7 +100,7 @@ class PromptSet(Config):
                     if not slot and field not in {"question", "instructions", *words}:
                         known = ["question", "instructions", "latents:ROLE", *words]
                         raise PatternError(
-                            f"prompt set '{self.name}', {role}.{name}: {choose('placeholder', field, known)}"
+                            f"prompt set '{self.name}', {role}.{name}: {unknown_name('placeholder', field, known)}"
                         )
         return self
 
@@ -109,13 +109,13 @@ class PromptSet(Config):
         if name is None:
             return next(iter(self.variants.values()), {})
         if name not in self.variants:
-            raise ConfigError(choose("prompt variant", name, self.variants))
+            raise ConfigError(unknown_name("prompt variant", name, self.variants))
         return self.variants[name]
 
     def template(self, role: str, *, round: int = 1, is_last: bool = False, solo: bool = False) -> str:
         """The template of a turn. Raises `PatternError` if the role has none that fits."""
         if role not in self.roles:
-            raise PatternError(f"prompt set '{self.name}': " + choose("role", role, self.roles))
+            raise PatternError(f"prompt set '{self.name}': " + unknown_name("role", role, self.roles))
         templates = self.roles[role]
         of_round = templates.first if round == 1 else templates.later
         fitting = [templates.solo] if solo else [templates.last if is_last else None, of_round, templates.always]
@@ -130,7 +130,7 @@ class PromptSet(Config):
     def slots(self, role: str) -> set[str]:
         """Roles whose messages some template of this role has a slot for (not counting `solo`)."""
         if role not in self.roles:
-            raise PatternError(f"prompt set '{self.name}': " + choose("role", role, self.roles))
+            raise PatternError(f"prompt set '{self.name}': " + unknown_name("role", role, self.roles))
         templates = self.roles[role].model_dump(exclude_none=True, exclude={"solo"}).values()
         return {slot for template in templates for field, slot in _FIELD.findall(template) if field == "latents"}
 

@@ -45,7 +45,7 @@ from recursivemas.errors import (
     InputError,
     ModelError,
     PatternError,
-    choose,
+    unknown_name,
 )
 from recursivemas.interventions import INTERVENTIONS, Applied, Intervention, Replay, Zero
 from recursivemas.links import DEFAULT_DESIGN, RecursiveLink
@@ -112,7 +112,7 @@ class RecursiveSystem:
     def _check(self) -> None:
         for role in self.agents:
             if role not in self.pattern.roles:
-                raise PatternError(f"pattern '{self.pattern.name}': " + choose("role", role, self.pattern.roles))
+                raise PatternError(f"pattern '{self.pattern.name}': " + unknown_name("role", role, self.pattern.roles))
         for role in self.pattern.roles:
             if role not in self.agents:
                 raise PatternError(f"the pattern '{self.pattern.name}' needs an agent for the role '{role}'")
@@ -121,7 +121,7 @@ class RecursiveSystem:
             self._check_slots(role)
         for name in self.links:
             if name not in self._edge_names:
-                raise PatternError(f"pattern '{self.pattern.name}': " + choose("edge", name, self._edge_names))
+                raise PatternError(f"pattern '{self.pattern.name}': " + unknown_name("edge", name, self._edge_names))
         for edge in self.pattern.graph:
             if str(edge) not in self.links:
                 raise CheckpointError(f"the system has no link for the edge '{edge}'")
@@ -134,7 +134,7 @@ class RecursiveSystem:
         slots = self.prompts.slots(role)
         for slot in sorted(slots - sources):
             raise PatternError(
-                f"prompt set '{self.prompts.name}', {role}: {choose('slot', slot, sources)}; the pattern "
+                f"prompt set '{self.prompts.name}', {role}: {unknown_name('slot', slot, sources)}; the pattern "
                 f"'{self.pattern.name}' has no edge {slot}->{role}"
             )
         for source in sorted(sources - slots):
@@ -665,14 +665,14 @@ def as_intervention(given: str | Intervention | Intervene | None) -> Interventio
     if callable(given):
         return Applied(given)
     if given != "zero":
-        raise ConfigError(choose("intervention", given, INTERVENTIONS))
+        raise ConfigError(unknown_name("intervention", given, INTERVENTIONS))
     return Zero()
 
 
 def _trace_level(trace: str | bool) -> str:
     level = ("off", "full")[trace] if isinstance(trace, bool) else trace
     if level not in LEVELS:
-        raise ConfigError(choose("trace level", level, LEVELS))
+        raise ConfigError(unknown_name("trace level", level, LEVELS))
     return level
 
 

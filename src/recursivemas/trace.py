@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recursivemas.errors import CheckpointError, ConfigError, InputError, OutputError, choose
+from recursivemas.errors import CheckpointError, ConfigError, InputError, OutputError, unknown_name
 
 PHASES = ("prefill", "latent", "link", "decode")
 COUNTS = ("prompt_tokens", "latent_steps", "generated_tokens", "retry_tokens", "positions")
@@ -67,7 +67,7 @@ class Usage:
     def total(self, count: str) -> int:
         """The sum of a count over all turns."""
         if count not in COUNTS:
-            raise ConfigError(choose("count", count, COUNTS))
+            raise ConfigError(unknown_name("count", count, COUNTS))
         return sum(getattr(turn, count) for turn in self.turns)
 
     @property

@@ -22,7 +22,7 @@ from recursivemas.cli.terminal import (
     print_json,
     reported,
 )
-from recursivemas.errors import ConfigError, InputError, OutputError, choose
+from recursivemas.errors import ConfigError, InputError, OutputError, unknown_name
 
 DEFAULT_ARMS = "latent,text,solo,none,shuffled,random-link"
 
@@ -154,7 +154,7 @@ def world_task(system: Any, name: str, *, split: str, n: int, seed: int) -> Any:
     from recursivemas.worlds import load_world
 
     if split not in ("train", "validation", "test"):
-        raise ConfigError(choose("split", split, ("train", "validation", "test")))
+        raise ConfigError(unknown_name("split", split, ("train", "validation", "test")))
     made_for = system.training.get("world", {})
     world = load_world(name, made_for.get("seed", 0) if made_for.get("name") == name else 0)
     samples = world.samples(split, n, seed)
@@ -182,7 +182,7 @@ def _file_task(
     from recursivemas.evaluation.task import Task, load_samples
 
     if scorer not in ("exact", "numeric"):
-        raise ConfigError(choose("scorer", scorer, ("exact", "numeric")))
+        raise ConfigError(unknown_name("scorer", scorer, ("exact", "numeric")))
     samples = load_samples(file, question=question, target=target, id=id, limit=limit)
     for sample in samples:
         # A target that cannot be scored is found now, not after an hour.

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from recursivemas.cli.terminal import AsJson, err, out, print_json, progress_bar, provenance, reported
-from recursivemas.errors import ConfigError, choose
+from recursivemas.errors import ConfigError, unknown_name
 
 ACTIONS = ("build", "sample")
 
@@ -39,9 +39,9 @@ def world(
     from recursivemas.worlds import load_world
 
     if action not in ACTIONS:
-        raise ConfigError(choose("action", action, ACTIONS))
+        raise ConfigError(unknown_name("action", action, ACTIONS))
     if split not in ("train", "validation", "test"):
-        raise ConfigError(choose("split", split, ("train", "validation", "test")))
+        raise ConfigError(unknown_name("split", split, ("train", "validation", "test")))
     chosen = load_world(name, seed)
     if action == "sample":
         samples = chosen.samples(split, n, seed)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from recursivemas.decoding import SamplingParams
-from recursivemas.errors import ConfigError, OutputError, choose
+from recursivemas.errors import ConfigError, OutputError, unknown_name
 from recursivemas.evaluation.metrics import mean, paired_difference
 from recursivemas.evaluation.task import Sample, Task
 from recursivemas.system import RecursiveSystem, Result
@@ -45,7 +45,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self.name not in ARMS:
-            raise ConfigError(choose("arm", self.name, ARMS))
+            raise ConfigError(unknown_name("arm", self.name, ARMS))
 
     @property
     def label(self) -> str:
@@ -152,7 +152,7 @@ def plan_arms(names: Sequence[str], rounds: Sequence[int], variants: Sequence[st
     arms: list[Arm] = []
     for name in names:
         if name not in ARMS:
-            raise ConfigError(choose("arm", name, ARMS))
+            raise ConfigError(unknown_name("arm", name, ARMS))
         if name == "solo":
             arms.append(Arm(name, 1))
         elif name in CONTROLS:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recursivemas.errors import InputError, choose
+from recursivemas.errors import InputError, unknown_name
 from recursivemas.evaluation.scorers import Scorer
 
 
@@ -74,7 +74,7 @@ def _parse(line: str, where: str, number: int, question: str, target: str, id: s
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
     for column, option in ((question, "--question-column"), (target, "--target-column"), (id, "--id-column")):
         if column is not None and column not in row:
-            raise InputError(f"{where}: {choose('column', column, row)}; say which one it is with {option}")
+            raise InputError(f"{where}: {unknown_name('column', column, row)}; say which one it is with {option}")
     if not isinstance(row[question], str) or not row[question].strip():
         raise InputError(f"{where}: the question in column '{question}' is empty or not text")
     if row[target] is None or isinstance(row[target], (dict, list)):

@@ -22,7 +22,7 @@ from recursivemas.agents import Agent
 from recursivemas.errors import InputError
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
-from recursivemas.training.data import Turn
+from recursivemas.training.data import EncodedTurn
 from recursivemas.training.inner import collect_pairs, step_indices
 from recursivemas.training.loop import LoopSettings, Progress, RunDirectory, fit
 
@@ -61,7 +61,7 @@ def embeddings_of_spans(reader: LanguageModel, text: str, spans: Sequence[Span])
 
 
 def alignment_pairs(
-    sender: Agent, reader: LanguageModel, turns: Sequence[Turn], *, through_inner_link: bool = True
+    sender: Agent, reader: LanguageModel, turns: Sequence[EncodedTurn], *, through_inner_link: bool = True
 ) -> tuple[Float[Tensor, "pair source_size"], Float[Tensor, "pair target_size"]]:
     """What the link of an edge is given, and what it should return, for every token of every turn of the sender.
 

@@ -29,7 +29,7 @@ class RoleSample:
 
 
 @dataclass(frozen=True)
-class Turn:
+class EncodedTurn:
     """A `RoleSample` as tokens of the model that plays the role."""
 
     prompt_ids: list[int]
@@ -38,7 +38,7 @@ class Turn:
     target: str
 
 
-def encode_turns(samples: Sequence[RoleSample], model: LanguageModel, prompts: PromptSet) -> list[Turn]:
+def encode_turns(samples: Sequence[RoleSample], model: LanguageModel, prompts: PromptSet) -> list[EncodedTurn]:
     """Tokenise turns piece by piece, just as prompts with messages in their slots are read in a run."""
     pieces: list[list[str]] = []
     for sample in samples:
@@ -61,5 +61,5 @@ def encode_turns(samples: Sequence[RoleSample], model: LanguageModel, prompts: P
             raise InputError(f"a turn of the {sample.role} has an empty target; leave such turns out")
         prompt_ids = [token for piece in row for token in known[piece]]
         model.check_length(len(prompt_ids) + len(target_ids) + 1, f"a turn of the {sample.role}")
-        turns.append(Turn(prompt_ids, target_ids, sample.target))
+        turns.append(EncodedTurn(prompt_ids, target_ids, sample.target))
     return turns

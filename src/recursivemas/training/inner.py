@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from recursivemas.agents import Agent
 from recursivemas.models import LanguageModel
-from recursivemas.training.data import Turn
+from recursivemas.training.data import EncodedTurn
 from recursivemas.training.loop import LoopSettings, Progress, RunDirectory, fit
 
 
@@ -44,7 +44,9 @@ class Pairs:
 
 
 @torch.no_grad()
-def collect_pairs(model: LanguageModel, turns: Sequence[Turn], *, with_end: bool, batch_size: int = 128) -> Pairs:
+def collect_pairs(
+    model: LanguageModel, turns: Sequence[EncodedTurn], *, with_end: bool, batch_size: int = 128
+) -> Pairs:
     """Read every turn once and keep the states that predict its reply; `with_end` also that of its last token."""
     order = sorted(range(len(turns)), key=lambda index: len(turns[index].prompt_ids))
     states: dict[int, Tensor] = {}
@@ -78,7 +80,7 @@ def step_indices(step: int, seed: int, num_pairs: int, batch_size: int) -> Tenso
 
 def train_inner(
     agent: Agent,
-    turns: Sequence[Turn],
+    turns: Sequence[EncodedTurn],
     settings: InnerSettings,
     *,
     seed: int = 0,

@@ -12,12 +12,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from recursivemas.config import Config
-from recursivemas.errors import ConfigError, InputError, choose
+from recursivemas.errors import ConfigError, InputError, unknown_name
 from recursivemas.links import DEFAULT_DESIGN
 from recursivemas.patterns import Edge, Pattern
 from recursivemas.system import RecursiveSystem
 from recursivemas.training.alignment import AlignmentSettings, alignment_pairs, train_alignment
-from recursivemas.training.data import RoleSample, Turn, encode_turns
+from recursivemas.training.data import EncodedTurn, RoleSample, encode_turns
 from recursivemas.training.inner import InnerSettings, train_inner
 from recursivemas.training.loop import Progress, RunDirectory
 
@@ -68,7 +68,7 @@ def parse_stages(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in (*STAGES, "all"):
-            raise ConfigError(choose("stage", name, [*STAGES, "all"]))
+            raise ConfigError(unknown_name("stage", name, [*STAGES, "all"]))
     if not names:
         raise ConfigError(f"no stage was named; choose among {', '.join(STAGES)}, or all")
     return STAGES if "all" in names else tuple(stage for stage in STAGES if stage in names)
@@ -114,7 +114,7 @@ def train(
     fingerprints = {role: agent.model.fingerprint() for role, agent in system.agents.items()}
     reports: dict[str, Any] = {}
     number = max(recipe.inner.num_samples, recipe.alignment.num_samples)
-    turns: dict[str, list[Turn]] = {}
+    turns: dict[str, list[EncodedTurn]] = {}
     for role, agent in system.agents.items():
         # Where the answering role speaks, it does not think: those turns are left out.
         samples = [each for each in samples_of(role, number) if not _speaks(each, system.pattern)]

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from recursivemas.errors import ConfigError, choose
+from recursivemas.errors import ConfigError, unknown_name
 from recursivemas.evaluation.task import Sample
 from recursivemas.models import LanguageModel
 from recursivemas.training.data import RoleSample
@@ -65,5 +65,5 @@ def load_world(name: str, seed: int = 0) -> World:
     from recursivemas.worlds.ward import Ward
 
     if name not in world_names():
-        raise ConfigError(choose("world", name, world_names()))
+        raise ConfigError(unknown_name("world", name, world_names()))
     return Ward(seed)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recursivemas.models import LanguageModel
 from recursivemas.prompts import PromptSet
-from recursivemas.training.data import RoleSample, Turn, encode_turns
+from recursivemas.training.data import EncodedTurn, RoleSample, encode_turns
 from recursivemas.training.loop import LoopSettings, Progress, RunDirectory, fit
 
 
@@ -95,7 +95,7 @@ def pretrain(
     return model
 
 
-def reply_loss(model: LanguageModel, turns: Sequence[Turn]) -> Tensor:
+def reply_loss(model: LanguageModel, turns: Sequence[EncodedTurn]) -> Tensor:
     """Cross-entropy of the replies, mean over all their tokens.
 
     Turns are padded on the right here: a causal model needs no mask then, and computes faster.

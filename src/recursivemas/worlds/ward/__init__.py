@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from recursivemas.errors import ConfigError, choose
+from recursivemas.errors import ConfigError, unknown_name
 from recursivemas.evaluation.task import Sample
 from recursivemas.models import LanguageModel
 from recursivemas.prompts import PromptSet
@@ -78,9 +78,9 @@ class Ward:
         Raises `ConfigError` for an unknown split, role or variant.
         """
         if role not in ROLES:
-            raise ConfigError(choose("role", role, ROLES))
+            raise ConfigError(unknown_name("role", role, ROLES))
         if variant not in VARIANTS:
-            raise ConfigError(choose("variant", variant, VARIANTS))
+            raise ConfigError(unknown_name("variant", variant, VARIANTS))
         rng = self._rng("turns", split, role, seed)
         return curriculum.loop_turns(self.cases, rng, num_samples, split=split, role=role, variant=variant)
 

@@ -24,7 +24,7 @@ from typing import Literal, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from recursivemas.errors import ConfigError, choose
+from recursivemas.errors import ConfigError, unknown_name
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -212,7 +212,7 @@ def in_split(values: Ints, split: str) -> NDArray[np.bool_]:
         return bucket == 8
     if split == "test":
         return bucket == 9
-    raise ConfigError(choose("split", split, ("train", "validation", "test")))
+    raise ConfigError(unknown_name("split", split, ("train", "validation", "test")))
 
 
 class CaseWorld:
