@@ -69,7 +69,8 @@ def demo(
         print_json(log.to_dict())
         return
     out.print(report.table(log))
-    out.print(report.comparison_table(log))
+    if log.pairs():
+        out.print(report.comparison_table(log))
     err.print(f"[dim]written to {output}: report.json, report.html[/dim]", highlight=False)
 
 

@@ -127,7 +127,8 @@ def evaluate(
         print_json(log.to_dict())
         return
     out.print(report.table(log))
-    out.print(report.comparison_table(log))
+    if log.pairs():
+        out.print(report.comparison_table(log))
     err.print(f"[dim]written to {place}: report.json, report.html, answers.jsonl[/dim]", highlight=False)
 
 

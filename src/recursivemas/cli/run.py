@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from recursivemas.cli.terminal import (
     AsJson,
@@ -178,19 +179,29 @@ def _stream(system: Any, question: str, options: dict[str, Any]) -> None:
     from recursivemas.recursion import PlayedTurn
     from recursivemas.system import TextDelta
 
-    told = 0
     for event in system.stream(question, **options):
         if isinstance(event, TextDelta):
             print(event.text, end="", flush=True)
         elif isinstance(event, PlayedTurn):
             for edge, message in event.messages.items():
-                steps = 0 if message.latents is None else message.latents.shape[1]
-                what = f"{steps} latents" if message.texts is None else repr(message.texts[0])
-                err.print(f"[dim]round {event.turn.round}  {edge}  {what}[/dim]", highlight=False)
-                told += 1
+                reader = system.agents[edge.rpartition(">")[2]].model
+                what = _describe(message, reader)
+                err.print(f"[dim]round {event.turn.round}  {edge}  {escape(what)}[/dim]", highlight=False)
         else:
             print()
             _tell_usage([event.usage])
+
+
+def _describe(message: Any, reader: Any) -> str:
+    """What was passed on: the text, and for each latent the reader's nearest token."""
+    parts = []
+    if message.latents is not None:
+        nearest = [tokens[0] for tokens in reader.nearest_tokens(message.latents[0], k=1)]
+        near = " ".join(f"{token} {cosine:.2f}" for token, cosine in nearest)
+        parts.append(f"{len(nearest)} latents, nearest tokens: {near}")
+    if message.texts is not None:
+        parts.append(repr(message.texts[0]))
+    return "; ".join(parts)
 
 
 def _tell_usage(usages: list[Any]) -> None:
