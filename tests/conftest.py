@@ -24,8 +24,6 @@ from recursivemas.system import RecursiveSystem
 
 torch.set_num_threads(1)
 
-SHARED = Path(__file__).parents[2] / "shared"
-
 CORPUS = [
     "A planner writes a plan and a critic improves it before the solver answers the question.",
     "What is seventeen plus twenty-five? It is forty-two, and two times twenty-one is the same.",
