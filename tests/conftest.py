@@ -11,7 +11,6 @@ os.environ.update(
 )
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jaxtyping
 import pytest
