@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
@@ -112,13 +113,9 @@ class LanguageModel:
                 output_loading_info=True,
             )
             tokenizer = _load_tokenizer(name, revision)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"cannot load the language model '{name}': {reason}") from None
-        except Exception as error:  # safetensors raises its own exception class, which is not exported
-            if type(error).__module__.startswith("safetensors"):
-                raise ModelError(f"cannot load the language model '{name}': corrupt weights ({error})") from None
-            raise
         wanted = ("missing_keys", "mismatched_keys", "unexpected_keys")
         problems = {key: sorted(map(str, info[key])) for key in wanted if info.get(key)}
         if problems:

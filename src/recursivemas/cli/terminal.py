@@ -70,7 +70,7 @@ def reported(command: Command) -> Command:
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort):
             raise
-        except Exception as error:
+        except Exception as error:  # no traceback reaches a user who did not ask for it
             if os.environ.get("RECURSIVEMAS_TRACEBACK"):
                 raise
             complain(

@@ -56,7 +56,7 @@ def build(
         }
         try:
             _watch(world, jobs, directory, progress)
-        except BaseException:
+        except BaseException:  # whatever ends the build, Ctrl-C too, must end its processes
             pool.shutdown(wait=False, cancel_futures=True)
             _stop(running)
             raise

@@ -46,8 +46,8 @@ REPLIES = {
     "critic": {"short": 0.5, "graded": 0.5},
     "solver": {"short": 0.22, "graded": 0.42, "final": 0.30, "solo": 0.06},
 }
-"""Share of each thing a role is asked to write. To list three diseases and none twice takes an agent longest to learn:
-about 38,000 graded notes of its own evidence; with 21,000 two thirds of its lists still repeat a name."""
+"""Share of each thing a role is asked to write. To list three diseases and none twice takes an agent longest to learn,
+so the solver writes more graded notes than short ones."""
 
 ROUND_SHARES = {"planner": (0.2, 0.4, 0.4), "critic": (0.5, 0.25, 0.25), "solver": (0.6, 0.2, 0.2)}
 """Share of each round in pretraining; a role sees more of the rounds in which it has something of its own to add."""
