@@ -22,6 +22,5 @@ for weight in (0.0, 0.2, 0.4, 0.6, 0.8):
         last = [notes[turn].top[:, 0] for turn in (2, 5, 8)]  # the solver's choice at the end of each round
         scores.append(" / ".join(f"{posterior[np.arange(NUM_CASES), choice].mean():.3f}" for choice in last))
     print(f"{weight:.1f}       {scores[0]}     {scores[1]}")
-print(
-    f"mean exact posterior of the choice, {NUM_CASES:,} training cases, world seed 0; the agents are made with {weights}"
-)
+print(f"mean exact posterior of the choice, {NUM_CASES:,} training cases, world seed 0")
+print(f"the agents are made with {weights}")
