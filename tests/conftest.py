@@ -38,6 +38,16 @@ CHAT_TEMPLATES = {
     "{% if add_generation_prompt %}[assistant] {% endif %}",
 }
 
+# In a long prompt of a random model a message is hardly heard; here it is.
+FEW_WORDS = {
+    "name": "few-words",
+    "roles": {
+        "planner": {"first": "{question}", "later": "{question} {latents:solver}"},
+        "critic": {"always": "{question} {latents:planner}"},
+        "solver": {"always": "{question} {latents:critic}", "last": "{question} {latents:critic} So:"},
+    },
+}
+
 SIZES = {
     "qwen3": {"hidden_size": 48, "head_dim": 12, "vocab_size": 300},
     "llama": {"hidden_size": 64, "vocab_size": 330},

@@ -47,9 +47,9 @@ def test_a_sender_thinks_and_writes_once_for_all_its_readers(
     for name in ("think", "speak"):
         method = getattr(Agent, name)
 
-        def counted(*args: object, name: str = name, method: object = method) -> object:
+        def counted(*args: object, name: str = name, method: object = method, **options: object) -> object:
             calls.append(name)
-            return method(*args)
+            return method(*args, **options)
 
         monkeypatch.setattr(Agent, name, counted)
     messages, replies = emit(
@@ -61,6 +61,7 @@ def test_a_sender_thinks_and_writes_once_for_all_its_readers(
         sampling=SamplingParams(max_new_tokens=4),
         keys=["key"],
         through_inner_link=through_inner_link,
+        in_words=False,
         phase=lambda name: nullcontext(),
     )
     assert calls == ["think", "speak"]

@@ -450,6 +450,8 @@ def test_a_latent_step_too_many_is_caught(
     system: RecursiveSystem, questions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     think_on = Agent.think
-    monkeypatch.setattr(Agent, "think", lambda self, reading, steps: think_on(self, reading, steps + 1)[:, 1:])
+    monkeypatch.setattr(
+        Agent, "think", lambda self, reading, steps, **options: think_on(self, reading, steps + 1)[:, 1:]
+    )
     with pytest.raises(AssertionError):
         assert_equals_reference(system, questions[0], 1, 2)

@@ -118,11 +118,21 @@ class Agent:
             ]
         return self._read_on(reading, pieces)
 
-    def think(self, reading: Reading, num_latent_steps: int) -> Float[Tensor, "batch latent_step hidden_size"]:
-        """Latent thoughts that follow a reading (eq. 1): the last hidden states H, before any link."""
+    def think(
+        self, reading: Reading, num_latent_steps: int, *, in_words: bool = False
+    ) -> Float[Tensor, "batch latent_step hidden_size"]:
+        """Latent thoughts that follow a reading (eq. 1): the last hidden states H, before any link.
+
+        With `in_words` every thought is first made into the most probable word: the states are those from which the
+        agent writes its text (teacher forcing with its own words).
+        """
         longest = int(reading.cache.num_positions.max())
         self.model.check_length(longest + num_latent_steps, f"the prompt of the {self.role}, with its thoughts,")
-        return latent_rollout(self.model, reading.cache.fork(), reading.state, self.inner_link, num_latent_steps)
+        step = self._as_word if in_words else self.inner_link
+        return latent_rollout(self.model, reading.cache.fork(), reading.state, step, num_latent_steps)
+
+    def _as_word(self, states: Float[Tensor, "batch hidden_size"]) -> Float[Tensor, "batch hidden_size"]:
+        return self.model.embed(self.model.logits(states).argmax(dim=-1))
 
     def speak(self, reading: Reading, sampling: SamplingParams, keys: Sequence[str]) -> list[Reply]:
         """Text that follows a reading. `keys` name the rows for sampling."""
@@ -146,7 +156,8 @@ class Agent:
             if labels.shape[1] > 1:
                 following = self.model.step(part.cache, self.model.embed(labels[:, :-1]))
                 states = torch.cat([states, following], dim=1)
-            logits = self.model.logits(states).float()
+            logits = self.model.logits(states)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             each = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
             losses.update(zip(rows, each, strict=True))
         return torch.stack([losses[row] for row in range(len(texts))])

@@ -76,18 +76,20 @@ def emit(
     sampling: SamplingParams,
     keys: Sequence[str],
     through_inner_link: bool,
+    in_words: bool,
     phase: Phase,
 ) -> tuple[dict[str, Message], list[Reply]]:
     """The message of a sender on each of its edges, from what it has read.
 
     It thinks once and writes once, whatever the number of its readers. A message in latents is R_out(R_in(H)), or the
-    paper's R_out(H) if it does not go through the inner link. Returns the messages, and what was written.
+    paper's R_out(H) if it does not go through the inner link. `in_words`: see `Agent.think`. Returns the messages, and
+    what was written.
     """
     thoughts: Tensor | None = None
     replies: list[Reply] = []
     if num_latent_steps and any(channel.has_latents for channel in edges.values()):
         with phase("latent"):
-            thoughts = agent.think(reading, num_latent_steps)
+            thoughts = agent.think(reading, num_latent_steps, in_words=in_words)
             if through_inner_link:
                 thoughts = agent.inner_link(thoughts)
     if any(channel.has_text for channel in edges.values()):

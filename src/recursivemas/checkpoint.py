@@ -52,6 +52,8 @@ class SystemSettings(Config):
     message: Literal["inner+outer", "outer"] = "inner+outer"
     """What travels in latents: R_out(R_in(H)), as in the release, or R_out(H), as printed in the paper."""
     max_new_tokens: int = Field(default=512, ge=1)
+    variant: str | None = None
+    """The wording of the prompts, where the prompt set has several; by default its first."""
 
 
 class AgentRecord(Config):

@@ -37,6 +37,8 @@ class Plan:
     instructions: str = ""
     intervene: Intervention = field(default_factory=Intervention)
     answer_rounds: tuple[int, ...] = ()
+    in_words: bool = False
+    """Whether thoughts are teacher-forced (see `Agent.think`); in training only."""
 
     def is_open(self, edge: Edge) -> bool:
         """Whether anything travels on an edge."""
@@ -107,6 +109,7 @@ class Recursion:
                 sampling=plan.sampling,
                 keys=[sampling_key(key, turn) for key in keys],
                 through_inner_link=self._through_inner_link,
+                in_words=plan.in_words,
                 phase=phase,
             )
             if any(channel.has_latents for channel in edges.values()):
@@ -177,8 +180,10 @@ def count_reply(meter: Meter, turn: Turn, replies: Sequence[Reply]) -> None:
 def _check_finite(message: Message, edge: Edge, round: int, keys: Sequence[str]) -> None:
     if message.latents is None or bool(message.latents.isfinite().all()):
         return
-    row, step = (~message.latents.isfinite()).any(dim=-1).nonzero()[0].tolist()
+    wrong = (~message.latents.isfinite()).any(dim=-1)
+    row, step = wrong.nonzero()[0].tolist()
+    rows = int(wrong.any(dim=1).sum())
     raise NumericsError(
-        f"the message {edge} of round {round} is not finite at latent step {step + 1}, for the question "
-        f"'{keys[row][:60]}'; run `recursivemas train` anew, or use float32"
+        f"the message {edge} of round {round} is not finite for {rows} of {len(keys)} questions; the first is "
+        f"'{keys[row][:60]}', at latent step {step + 1}. Train the links anew, or use float32."
     )

@@ -55,6 +55,8 @@ from recursivemas.prompts import PromptSet
 from recursivemas.recursion import Plan, PlayedTurn, Recursion, Sent, count_reply, sampling_key
 from recursivemas.trace import LEVELS, Meter, Trace, TracedMessage, Usage, check_trace_dir, save_traces
 
+LATENT_SOURCES = ("rollout", "teacher")
+
 Progress = Callable[[int, int], None]
 Intervene = Callable[[Message, str, int], Message]
 
@@ -110,6 +112,7 @@ class RecursiveSystem:
         self._recursion = Recursion(self.agents, self.links, pattern, prompts, through_inner_link=self._through_inner)
 
     def _check(self) -> None:
+        self.prompts.variant(self.settings.variant)
         for role in self.agents:
             if role not in self.pattern.roles:
                 raise PatternError(f"pattern '{self.pattern.name}': " + unknown_name("role", role, self.pattern.roles))
@@ -451,24 +454,34 @@ class RecursiveSystem:
         num_rounds: int | None = None,
         num_latent_steps: int | None = None,
         channel: str | Mapping[str, str] = "latent",
+        latent_source: str = "rollout",
         answer_rounds: Sequence[int] = (),
         variant: str | None = None,
         instructions: str = "",
         intervene: str | Intervention | Intervene | None = None,
+        keys: Sequence[str] | None = None,
     ) -> Iterator[PlayedTurn]:
         """The same loop with gradients (eq. 2): play it turn by turn, for the caller to take losses from.
 
         Yields every turn; a turn that speaks has a `reading` from which `agent.loss(reading, answers)` is the
-        cross-entropy of eq. 6. `answer_rounds` asks for such a turn in earlier rounds too. Text before a prompt's
-        first slot is read without gradient; everything after it, and every cache, carries it.
+        cross-entropy of eq. 6. `answer_rounds` asks for such a turn in earlier rounds too. `latent_source` is rollout,
+        as in a run, or teacher: the states from which the agents would write their text. Text before a prompt's first
+        slot is read without gradient; everything after it, and every cache, carries it. `keys` name the questions.
         """
         several = _as_questions(questions)
         plan = self._plan(num_rounds, num_latent_steps, channel, None, variant, instructions)
         for round in answer_rounds:
             _check_whole("a round of answer_rounds", round, 1, plan.num_rounds)
-        plan = replace(plan, answer_rounds=tuple(answer_rounds), intervene=as_intervention(intervene))
+        if latent_source not in LATENT_SOURCES:
+            raise ConfigError(unknown_name("latent source", latent_source, LATENT_SOURCES))
+        plan = replace(
+            plan,
+            answer_rounds=tuple(answer_rounds),
+            intervene=as_intervention(intervene),
+            in_words=latent_source == "teacher",
+        )
         meter = Meter(len(several), self._answering_model.device)
-        return self._recursion.play(several, several, plan, meter)
+        return self._recursion.play(several, several if keys is None else keys, plan, meter)
 
     # Batches
 
@@ -549,6 +562,7 @@ class RecursiveSystem:
         steps = self.settings.num_latent_steps if num_latent_steps is None else num_latent_steps
         _check_whole("num_rounds", rounds, 1, 1000)
         _check_whole("num_latent_steps", steps, 0, 100_000)
+        variant = self.settings.variant if variant is None else variant
         self.prompts.variant(variant)
         return Plan(
             int(rounds),

@@ -1,5 +1,6 @@
 """The command line from outside: what it prints, what it writes, and how it fails (one line, no traceback)."""
 
+import errno
 import json
 import os
 import resource
@@ -11,9 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from recursivemas.checkpoint import BUNDLED
 from recursivemas.cli.main import app
+from recursivemas.patterns import Pattern
+from recursivemas.prompts import PromptSet
 from recursivemas.system import RecursiveSystem
 
 Invoke = Callable[..., Result]
@@ -65,12 +72,31 @@ def test_every_verb_teaches_by_an_example(invoke: Invoke) -> None:
         shown = invoke(verb, "--help").stdout
         assert "Example:" in shown
         assert f"recursivemas {verb}" in shown
+    assert "recursivemas inspect links" in invoke("inspect", "links", "--help").stdout
 
 
 def test_options_are_frozen() -> None:
     """A new option is a decision: it changes this list too."""
     found = {command.name: sorted(_options(command.callback)) for command in app.registered_commands}
+    for group in app.registered_groups:
+        for command in group.typer_instance.registered_commands:
+            found[f"{group.name} {command.name}"] = sorted(_options(command.callback))
     assert found == {
+        "inspect links": sorted(
+            [
+                "system",
+                "samples",
+                "split",
+                "rounds",
+                "variant",
+                "world",
+                "world_seed",
+                "output",
+                "seed",
+                "device",
+                "as_json",
+            ]
+        ),
         "demo": ["as_json", "batch_size", "device", "dtype", "n", "output", "seed"],
         "run": sorted(
             [
@@ -106,6 +132,7 @@ def test_options_are_frozen() -> None:
                 "latent_steps",
                 "n",
                 "split",
+                "by",
                 "question_column",
                 "target_column",
                 "id_column",
@@ -204,6 +231,14 @@ def test_one_edge_gets_a_channel_of_its_own(invoke: Invoke, saved: Path) -> None
         (["world", "wrad", "build"], ["unknown world", "'ward'"]),
         (["world", "ward", "biuld"], ["unknown action", "'build'"]),
         (["train", "missing.yaml"], ["missing.yaml"]),
+        (["inspect", "links", "wrad"], ["unknown system 'wrad'"]),
+        (["inspect", "links", "SAVED", "--world", "wrad"], ["unknown world 'wrad'", "'ward'"]),
+        (["inspect", "links", "ward", "--split", "tset"], ["unknown split 'tset'", "'test'"]),
+        (["inspect", "links", "ward", "--samples", "1"], ["--samples", "1"]),
+        (["inspect", "links", "ward", "--samples", "2", "--rounds", "7"], ["rounds [7]", "[1, 2, 3]"]),
+        (["inspect", "links", "ward", "--rounds", "one"], ["--rounds", "1,2,3"]),
+        (["inspect", "links", "ward", "--variant", "shrot"], ["unknown variant 'shrot'", "'short'"]),
+        (["inspect", "links", "ward", "--device", "tpu"], ["device", "tpu"]),
     ],
 )
 def test_bad_input_is_one_clear_line(invoke: Invoke, saved: Path, arguments: list[str], words: list[str]) -> None:
@@ -224,6 +259,37 @@ def test_a_damaged_system_is_named(invoke: Invoke, saved: Path, tmp_path: Path) 
     weights = copy / "links" / "planner-to-critic" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     assert_refused(invoke("run", copy, "Why?"), "planner-to-critic", "corrupt")
+
+
+# inspect
+
+
+def test_links_are_diagnosed_edge_by_edge(invoke: Invoke, tmp_path: Path) -> None:
+    options = ("--samples", "6", "--rounds", "1", "--out", "out")
+    shown = invoke("inspect", "links", "ward", *options)
+    assert shown.exit_code == 0, shown.output
+    assert "planner->critic, round 1: " in shown.stdout
+    assert "links.json, links.svg" in shown.stderr
+    report = json.loads((tmp_path / "out" / "links.json").read_text())
+    assert (report["system"], report["n"], report["split"], report["variant"]) == ("ward", 6, "validation", "short")
+    assert report["world"] == {"name": "ward", "seed": 0}
+    assert [(each["figures"]["edge"], each["figures"]["round"]) for each in report["edges"]] == [
+        ("planner->critic", 1),
+        ("critic->solver", 1),
+        ("solver->planner", 1),
+    ]
+    assert (tmp_path / "out" / "links.svg").read_text().endswith("</svg>\n")
+    assert json.loads(invoke("inspect", "links", "ward", *options, "--json").stdout)["edges"] == report["edges"]
+
+
+def test_links_of_a_system_of_no_known_world_are_looked_at_by_themselves(invoke: Invoke, saved: Path) -> None:
+    result = invoke("inspect", "links", saved)
+    assert result.exit_code == 0, result.output
+    assert "no fault seen" in result.stdout
+    assert "--world" in result.stderr
+    report = json.loads(invoke("inspect", "links", saved, "--json").stdout)
+    assert (report["world"], report["n"]) == (None, 0)
+    assert all(each["figures"]["hand_off"] is None for each in report["edges"])
 
 
 # eval
@@ -288,29 +354,151 @@ num_latent_steps: 4
 max_new_tokens: 24
 inner: {num_samples: 48, num_train_steps: 12, save_every: 5, batch_size: 64}
 alignment: {num_samples: 48, num_train_steps: 12, save_every: 5, batch_size: 64}
+outer: {num_samples: 64, num_train_steps: 4, save_every: 3, batch_size: 4, anchor_batch_size: 32, log_every: 2, num_validation: 8, validate_every: 2}
 """
+# Nothing but the outer loop, from the links that the system has.
+OUTER = ("train", "ward.yaml", "--stage", "outer", "--set", "links.start=given")
+
+
+def links_of(directory: Path) -> dict[str, Tensor]:
+    links = RecursiveSystem.from_pretrained(directory).all_links
+    return {f"{name}/{tensor}": value for name, link in links.items() for tensor, value in link.state_dict().items()}
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    """Names of the links that are not the same."""
+    return {name.split("/")[0] for name, value in one.items() if not torch.equal(value, other[name])}
 
 
 def test_training_in_stages_equals_training_at_once(invoke: Invoke, tmp_path: Path) -> None:
     (tmp_path / "ward.yaml").write_text(RECIPE)
     at_once = invoke("train", "ward.yaml", "--json")
     assert at_once.exit_code == 0, at_once.output
-    assert set(json.loads(at_once.stdout)["stages"]) == {
+    reports = json.loads(at_once.stdout)["stages"]
+    assert set(reports) == {
         "inner planner",
         "inner critic",
         "inner solver",
         "alignment planner->critic",
         "alignment critic->solver",
         "alignment solver->planner",
+        "outer",
     }
-    for stage in ("inner", "alignment"):
+    assert reports["outer"]["steps"] == 4
+    assert list(reports["outer"]["validation"]) == ["0", "2", "4"]
+    saved = json.loads((tmp_path / "runs" / "test" / "system" / "system.json").read_text())["training"]
+    assert saved["stages"] == reports
+    assert saved["recipe"]["outer"]["batch_size"] == 4
+    for stage in ("inner", "alignment", "outer"):
         assert invoke("train", "ward.yaml", "--stage", stage, "--set", "output=runs/staged").exit_code == 0
-    links = [
-        RecursiveSystem.from_pretrained(tmp_path / "runs" / run / "system").all_links for run in ("test", "staged")
+    whole, staged = (links_of(tmp_path / "runs" / run / "system") for run in ("test", "staged"))
+    assert not differing(whole, staged)
+    # A later command that names one stage gives back the whole of what the run has trained.
+    again = invoke("train", "ward.yaml", "--stage", "inner", "--set", "output=runs/staged", "--json")
+    assert json.loads(again.stdout)["stages"]["outer"] == reports["outer"]
+    assert not differing(whole, links_of(tmp_path / "runs" / "staged" / "system"))
+
+
+def test_the_outer_loop_says_what_it_did(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "ward.yaml").write_text(RECIPE)
+    told = invoke(*OUTER, "--set", "outer.trained=outer", "--set", "outer.patience=1", "--set", "outer.lr=0.03")
+    assert told.exit_code == 0, told.output
+    found = json.loads((tmp_path / "runs" / "test" / "system" / "system.json").read_text())["training"]["stages"][
+        "outer"
     ]
-    for name, link in links[0].items():
-        for tensor, value in link.state_dict().items():
-            assert (value == links[1][name].state_dict()[tensor]).all(), f"{name}/{tensor}"
+    scores = found["validation"]
+    assert f"validation from {scores['0']:.4f} to {max(scores.values()):.4f}" in told.stdout
+    assert f"best after step {found['best_step']}" in told.stdout
+    assert "not moved: planner\n" in told.stdout
+    assert "note:" not in told.stderr
+    before, after = links_of(BUNDLED / "ward"), links_of(tmp_path / "runs" / "test" / "system")
+    expected = {name for name, distance in found["moved"].items() if distance > 0}
+    assert differing(before, after) == expected
+    assert expected <= {"planner->critic", "critic->solver", "solver->planner"}
+    assert found["stopped"]
+    assert f"stopped after step {found['steps']}: no better validation" in told.stdout
+    # From links that nobody has aligned it is allowed, and said to be of little use.
+    (tmp_path / "random.yaml").write_text(RECIPE)
+    random = invoke("train", "random.yaml", "--stage", "outer", "--set", "output=runs/random")
+    assert random.exit_code == 0, random.output
+    assert "never aligned" in random.stderr
+
+
+def test_links_are_trained_on_questions_of_the_users_own(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "ward.yaml").write_text(RECIPE)
+    rows = [
+        {"question": f"A patient has cold hands and {number} goats.", "answer": "saltfever"} for number in range(30)
+    ]
+    write_jsonl(tmp_path / "train.jsonl", rows[:20])
+    write_jsonl(tmp_path / "validation.jsonl", rows[20:])
+    write_jsonl(tmp_path / "test.jsonl", rows[5:6])
+    files = ["--set", "questions.train=train.jsonl", "--set", "questions.validation=validation.jsonl"]
+    result = invoke(*OUTER, *files, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)["stages"]["outer"]
+    assert report["questions"] == 20
+    # Scored by exact match: the share of eight questions.
+    assert all((8 * score).is_integer() for score in report["validation"].values())
+    other = ["--set", "output=runs/other"]
+    overlap = invoke(*OUTER, *files, *other, "--set", "questions.test=test.jsonl")
+    assert_refused(overlap, "1 of 1 test questions are train questions", "test-1", "5 goats")
+    overlap = invoke(*OUTER, *files, *other, "--set", "questions.validation=train.jsonl")
+    assert_refused(overlap, "8 of 8 validation questions are train questions", "take them out")
+    missing = invoke(*OUTER, *files, *other, "--set", "questions.train=missing.jsonl")
+    assert_refused(missing, "there is no file missing.jsonl")
+    posterior = invoke(*OUTER, *files, *other, "--set", "outer.distillation=0.5")
+    assert_refused(posterior, "distillation needs a posterior", "train-1")
+    assert not (tmp_path / "runs" / "other").exists()
+
+
+def test_a_world_whose_roles_are_others_is_refused(invoke: Invoke, tmp_path: Path, tiny_models: dict) -> None:
+    pattern = Pattern.load("sequential").renamed({"critic": "judge"})
+    words = PromptSet.load("sequential").model_dump(exclude_none=True)
+    words = yaml.safe_load(
+        yaml.safe_dump(words).replace("latents:critic", "latents:judge").replace("critic:", "judge:")
+    )
+    agents = dict(zip(("planner", "judge", "solver"), tiny_models.values(), strict=True))
+    RecursiveSystem.build(agents=agents, pattern=pattern, prompts=words).save_pretrained(tmp_path / "other")
+    (tmp_path / "ward.yaml").write_text(RECIPE)
+    refused = invoke("train", "ward.yaml", "--set", "system=other")
+    assert_refused(refused, "the world 'ward' has text for the roles planner, critic, solver", "planner, judge, solver")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("trouble", ["diverged", "overflow"])
+def test_a_run_that_fails_keeps_its_best_links(invoke: Invoke, tmp_path: Path, trouble: str) -> None:
+    (tmp_path / "ward.yaml").write_text(RECIPE)
+    if trouble == "overflow":
+        settings = ["outer.lr=1.0e+9", "outer.warmup_steps=0"]
+    else:
+        settings = ["outer.max_loss_ratio=1.000001", "outer.num_train_steps=80", "outer.lr=0.3", "outer.anchor=9"]
+        settings += ["outer.warmup_steps=60", "outer.batch_size=1", "outer.validate_every=100", "outer.log_every=100"]
+        settings += ["num_rounds=1", "num_latent_steps=1", "outer.num_validation=2"]
+    failed = invoke(*OUTER, *[part for setting in settings for part in ("--set", setting)])
+    words = ["has diverged: at step ", "Lower the learning rate"] if trouble == "diverged" else ["is not finite"]
+    assert_refused(failed, *words, "written to runs/test/best")
+    assert "after step 0, the best on validation" in failed.stderr
+    assert not differing(links_of(BUNDLED / "ward"), links_of(tmp_path / "runs" / "test" / "best"))
+    assert not (tmp_path / "runs" / "test" / "system").exists()
+    kept = json.loads((tmp_path / "runs" / "test" / "best" / "system.json").read_text())["training"]["stages"]
+    assert kept["failed"] in failed.stderr
+
+
+def test_a_full_disk_at_the_end_is_one_clear_line(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ward.yaml").write_text(RECIPE)
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recursivemas.checkpoint.save_file", full)
+        assert_refused(invoke(*OUTER), "cannot write", "No space left on device")
+    assert not (tmp_path / "runs" / "test" / "system").exists()
+    # What was trained is there: the same command has only to save it.
+    monkeypatch.setattr("recursivemas.training.outer.OuterLoop.loss", lambda *given: pytest.fail("trained again"))
+    assert invoke(*OUTER).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -323,12 +511,28 @@ def test_training_in_stages_equals_training_at_once(invoke: Invoke, tmp_path: Pa
         (["num_rounds=0"], ["num_rounds"]),
         (["system=wrad"], ["unknown system 'wrad'"]),
         (["links.design=res-2-layr"], ["unknown link design", "res-2-layer"]),
+        (["links.start=old"], ["links.start", "'new' or 'given'"]),
+        (["world.name=wrad"], ["unknown world 'wrad'", "'ward'"]),
+        (["outer.num_train_steps=0"], ["outer.num_train_steps", "greater than or equal to 1"]),
+        (["outer.lrr=1"], ["unknown setting 'outer.lrr'", "'outer.lr'"]),
+        (["outer.round_weights=evry"], ["outer.round_weights", "'every' or 'last'"]),
+        (["outer.round_weights=[1, 0]"], ["round_weights", "the last one more than 0"]),
+        (["outer.round_weights=[1, 1]"], ["round_weights has 2 weights for 3 rounds"]),
+        (["outer.curriculum=[{num_rounds: 1, num_train_steps: 4}]"], ["curriculum", "all 4 steps"]),
+        (["outer.curriculum=[{rounds: 1}]"], ["outer.curriculum.0", "num_rounds"]),
+        (["outer.lr_ratios.plannr=2"], ["lr_ratios: unknown link 'plannr'", "'planner'"]),
+        (["outer.lr_ratios.planner=-2"], ["outer.lr_ratios.planner", "greater than or equal to 0"]),
+        (["outer.distillation=2"], ["outer.distillation", "less than or equal to 1"]),
+        (["num_latent_steps=0"], ["num_latent_steps of 1 or more"]),
+        (["questions.train=train.jsonl"], ["'questions.validation' is missing"]),
     ],
 )
 def test_a_bad_setting_is_one_clear_line(invoke: Invoke, tmp_path: Path, changes: list[str], words: list[str]) -> None:
     (tmp_path / "ward.yaml").write_text(RECIPE)
     settings = [part for change in changes for part in ("--set", change)]
     assert_refused(invoke("train", "ward.yaml", *settings), *words)
+    # A mistake does not take the directory: mended, the recipe can go there.
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_unknown_stage_and_a_changed_recipe_are_refused(invoke: Invoke, tmp_path: Path) -> None:
@@ -336,6 +540,8 @@ def test_an_unknown_stage_and_a_changed_recipe_are_refused(invoke: Invoke, tmp_p
     assert_refused(invoke("train", "ward.yaml", "--stage", "iner"), "unknown stage 'iner'", "'inner'")
     assert invoke("train", "ward.yaml", "--stage", "inner").exit_code == 0
     assert_refused(invoke("train", "ward.yaml", "--set", "inner.lr=0.001"), "inner.lr", "0.001")
+    changed = invoke("train", "ward.yaml", "--set", "outer.lr_ratios.inner=0.5")
+    assert_refused(changed, "runs/test belongs to a run with outer.lr_ratios.inner = None, now it is 0.5", "output=")
 
 
 # A process of its own: signals, full disks, exit codes
@@ -401,6 +607,44 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, saved: Path, verb: str) -
     assert done.returncode == 1, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("recursivemas: cannot")
+
+
+def started(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command(*arguments), cwd=tmp_path, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("number", "steps"), [(signal.SIGKILL, 8), (signal.SIGINT, 5)])
+def test_a_killed_run_goes_on_to_the_same_system(tmp_path: Path, number: int, steps: int) -> None:
+    recipe = RECIPE.replace("num_train_steps: 4", "num_train_steps: 14").replace("log_every: 2", "log_every: 1")
+    recipe = recipe.replace("validate_every: 2", "validate_every: 6, curriculum: [{num_rounds: 1, num_train_steps: 4}]")
+    (tmp_path / "ward.yaml").write_text(recipe)
+    whole = started(tmp_path, *OUTER, "--set", "output=runs/whole")
+    complaint = whole.communicate(timeout=200)[1]
+    assert whole.returncode == 0, complaint
+    process = started(tmp_path, *OUTER)
+    log = tmp_path / "runs" / "test" / "metrics.jsonl"
+    sign = f'{{"stage": "outer", "step": {steps}, "loss"'
+    deadline = time.monotonic() + 90
+    while not (log.exists() and sign in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    again = started(tmp_path, *OUTER)
+    complaint = again.communicate(timeout=200)[1]
+    assert again.returncode == 0, complaint
+    assert not differing(*(links_of(tmp_path / "runs" / run / "system") for run in ("whole", "test")))
+    # The log of both is the same, too, but for time and memory.
+    timing = {"steps_per_second", "seconds_left", "memory_mb"}
+    logs = [
+        [json.loads(line) for line in (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "test")
+    ]
+    expected, found = ([{k: v for k, v in each.items() if k not in timing} for each in log] for log in logs)
+    assert found == expected
 
 
 # world and demo

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -53,6 +54,32 @@ def full_log() -> EvalLog:
     arms = plan_arms(["latent", "text", "solo", "none", "shuffled", "random-link"], [1, 2], ["short", "graded"])
     scores = {arm: [0.1 * ((3 * i + j) % 10) for j in range(6)] for i, arm in enumerate(arms)}
     return make_log(scores, {1: 0.8, 2: 0.9})
+
+
+@pytest.fixture
+def grouped_log(full_log: EvalLog) -> EvalLog:
+    samples = [
+        replace(each, metadata={"kind": ["<b>", "plain"][i % 2]}) for i, each in enumerate(full_log.task.samples)
+    ]
+    full_log.task = replace(full_log.task, samples=samples, group_by="kind")
+    return full_log
+
+
+def test_groups_have_a_table_in_the_terminal_and_on_the_page(grouped_log: EvalLog, tmp_path: Path) -> None:
+    shown = render(report.group_table(grouped_log))
+    assert "accuracy by kind" in shown
+    assert "<b>" in shown
+    page = write_page(grouped_log, tmp_path)
+    assert "Accuracy by kind" in page
+    assert "&lt;b&gt;" in page
+    assert "<th><b></th>" not in page
+    for arm in grouped_log.answers:
+        of_arm = [answer.score for answer in grouped_log.answers[arm]]
+        assert f"{sum(of_arm[::2]) / 3:.3f}".removeprefix("0") in shown
+
+
+def test_without_groups_there_is_no_such_table(full_log: EvalLog, tmp_path: Path) -> None:
+    assert "Accuracy by" not in write_page(full_log, tmp_path)
 
 
 def write_page(log: EvalLog, directory: Path, story: Story | None = None, **words: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recursivemas.decoding import SamplingParams
-from recursivemas.errors import ConfigError, OutputError
+from recursivemas.errors import ConfigError, InputError, OutputError
 from recursivemas.evaluation.runner import Arm, EvalLog, evaluate, plan_arms
 from recursivemas.evaluation.scorers import Score
 from recursivemas.evaluation.task import Sample, Task
@@ -103,6 +103,44 @@ def test_every_arm_answers_as_the_system_does(system: RecursiveSystem, task: Tas
             assert answer.score == min(len(result.text) / 20, 1.0)
             assert answer.generated_tokens == result.usage.generated_tokens
             assert answer.positions > 0
+
+
+def test_without_feedback_only_the_edges_that_lead_back_are_closed(system: RecursiveSystem, task: Task) -> None:
+    log = evaluate(system, task, plan_arms(["latent", "no-feedback"], [1, 2], []), sampling=SAMPLING)
+    expected = system.run(
+        [sample.question for sample in task.samples],
+        channel={"planner->critic": "latent", "critic->solver": "latent", "solver->planner": "none"},
+        num_rounds=2,
+        sampling=SAMPLING,
+        instructions="Be brief.",
+    )
+    found = without_seconds(log)
+    assert [each["text"] for each in found["no-feedback r=2"]] == [result.text for result in expected]
+    assert found["no-feedback r=1"] == found["latent r=1"]
+    steps = {arm: each[0]["latent_steps"] for arm, each in found.items()}
+    # What nobody reads is not thought: without feedback the last round alone is played.
+    assert steps == {"latent r=1": 4, "latent r=2": 10, "no-feedback r=1": 4, "no-feedback r=2": 4}
+
+
+def test_accuracy_is_told_by_group(system: RecursiveSystem, task: Task) -> None:
+    hops = [2, 1, 2, 2, 1]
+    samples = [replace(each, metadata={"hops": k}) for each, k in zip(task.samples, hops, strict=True)]
+    log = evaluate(system, replace(task, samples=samples, group_by="hops"), plan_arms(["latent", "text"], [1], []))
+    groups = json.loads(json.dumps(log.to_dict()))["groups"]
+    assert [(each["hops"], each["arm"], each["n"]) for each in groups] == [
+        (1, "latent", 2),
+        (1, "text", 2),
+        (2, "latent", 3),
+        (2, "text", 3),
+    ]
+    scores = [answer.score for answer in log.answers[Arm("latent", 1)]]
+    assert groups[0]["accuracy"] == pytest.approx((scores[1] + scores[4]) / 2)
+    assert log.to_dict()["arms"][0]["accuracy"] == pytest.approx(sum(scores) / 5)
+
+
+def test_a_group_that_is_not_there_is_named(task: Task) -> None:
+    with pytest.raises(InputError, match="cannot group by 'hops': sample q0 has no metadata"):
+        replace(task, group_by="hops")
 
 
 def test_a_report_is_plain_data_with_errors_and_costs(system: RecursiveSystem, task: Task) -> None:

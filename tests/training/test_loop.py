@@ -1,8 +1,11 @@
 """The training loop: a known optimum, its schedule, and that a stopped run goes on as if nothing had happened."""
 
+import errno
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recursivemas.errors import ConfigError, NumericsError, OutputError
-from recursivemas.training.loop import LoopSettings, RunDirectory, fit, learning_rate
+from recursivemas.training.loop import Fitted, LoopSettings, RunDirectory, Validation, fit, learning_rate
 
 SETTINGS = LoopSettings(num_train_steps=20, lr=0.05, warmup_steps=3, log_every=2, save_every=5)
 
@@ -35,19 +38,19 @@ def open_run(path: Path, **settings: Any) -> RunDirectory:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted() -> tuple[list[float], dict[str, Tensor]]:
+def uninterrupted() -> tuple[Fitted, dict[str, Tensor]]:
     parameters, loss_of_step = problem()
     return fit("stage", parameters, loss_of_step, SETTINGS), {name: p.detach() for name, p in parameters.items()}
 
 
 def test_a_known_optimum_is_found() -> None:
     parameters, loss_of_step = problem()
-    losses = fit("stage", parameters, loss_of_step, LoopSettings(num_train_steps=400, lr=0.05))
+    losses = fit("stage", parameters, loss_of_step, LoopSettings(num_train_steps=400, lr=0.05)).losses
     assert losses[-1] < 1e-3 * losses[0]
     assert len(losses) == 400
 
 
-def test_training_is_the_same_twice(uninterrupted: tuple[list[float], dict[str, Tensor]]) -> None:
+def test_training_is_the_same_twice(uninterrupted: tuple[Fitted, dict[str, Tensor]]) -> None:
     parameters, loss_of_step = problem()
     assert fit("stage", parameters, loss_of_step, SETTINGS) == uninterrupted[0]
 
@@ -95,7 +98,54 @@ def test_parameters_train_during_the_stage_only() -> None:
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in parameters.values())
 
 
+def test_parameters_have_their_own_share_of_the_learning_rate() -> None:
+    names = ["whole", "half", "tenth", "also half", "still"]
+    parameters = {name: nn.Parameter(torch.zeros(3)) for name in names}
+    settings = LoopSettings(num_train_steps=3, lr=0.1, warmup_steps=0, max_grad_norm=1e9)
+    ratios = {"half": 0.5, "also half": 0.5, "tenth": 0.1, "still": 0.0}
+    slopes = torch.tensor([1.0, -5.0, 20.0])
+    fit(
+        "stage", parameters, lambda step: sum(slopes @ each for each in parameters.values()), settings, lr_ratios=ratios
+    )
+    # Against a constant slope Adam goes by the learning rate itself, whatever the slope.
+    expected = -sum(learning_rate(step, settings) for step in range(3)) * slopes.sign()
+    for name in names:
+        torch.testing.assert_close(parameters[name].detach(), ratios.get(name, 1.0) * expected, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_observed_is_seen_before_clipping_and_logged(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    settings = LoopSettings(num_train_steps=4, max_grad_norm=0.5, log_every=3)
+    seen: list[tuple[int, float]] = []
+
+    def observe(step: int) -> dict[str, float]:
+        seen.append((step, weight.grad.item()))
+        return {"observed": 10.0 * step}
+
+    fit("stage", {"w": weight}, lambda step: 100 * weight.sum(), settings, observe=observe, run=open_run(tmp_path))
+    assert seen == [(0, 100.0), (1, 100.0), (2, 100.0), (3, 100.0)]
+    assert [(record["step"], record["observed"]) for record in records_of(tmp_path)] == [(3, 20.0), (4, 30.0)]
+
+
+def test_movement_is_relative_to_where_each_parameter_started() -> None:
+    parameters = {"far": nn.Parameter(torch.tensor([3.0, 4.0])), "zero": nn.Parameter(torch.zeros(2))}
+    parameters["still"] = nn.Parameter(torch.ones(2))
+    settings = LoopSettings(num_train_steps=1, lr=0.5, warmup_steps=0)
+
+    def loss(step: int) -> Tensor:
+        return parameters["far"].sum() + parameters["zero"].sum() + 0 * parameters["still"].sum()
+
+    movement = fit("stage", parameters, loss, settings).movement
+    # One step of Adam moves each number by the learning rate: 0.5 * sqrt(2) of a norm of 5.
+    assert movement == pytest.approx({"far": 0.5 * 2**0.5 / 5, "zero": 1.0, "still": 0.0}, rel=1e-4)
+
+
 # Metrics
+
+
+def records_of(path: Path, key: str = "step") -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if key in record]
 
 
 def test_metrics_are_logged_and_told(tmp_path: Path) -> None:
@@ -108,12 +158,137 @@ def test_metrics_are_logged_and_told(tmp_path: Path) -> None:
         SETTINGS,
         run=open_run(tmp_path),
         progress=lambda stage, step, total, figures: told.append((stage, step, total)),
-    )
+    ).losses
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert told == [("stage", step, 20) for step in range(2, 21, 2)]
     assert [record["step"] for record in records] == list(range(2, 21, 2))
     assert [record["loss"] for record in records] == losses[1::2]
     assert records[0]["lr"] == pytest.approx(learning_rate(1, SETTINGS))
+    assert set(records[0]) == {
+        *("stage", "step", "loss", "grad_norm", "lr", "steps_per_second", "seconds_left", "memory_mb"),
+        *("moved/weight", "moved/bias"),
+    }
+    for record in records:
+        assert record["steps_per_second"] > 0
+        assert 10 < record["memory_mb"] < 1e6
+        assert record["seconds_left"] == pytest.approx(
+            (20 - record["step"]) / record["steps_per_second"], rel=0.1, abs=0.1
+        )
+    moved = [record["moved/weight"] for record in records]
+    assert moved == sorted(moved)
+    assert moved[0] > 0
+
+
+def test_event_files_are_written_where_tensorboard_is_installed(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    parameters, loss_of_step = problem()
+    run = RunDirectory(tmp_path, {}, tensorboard=True)
+    fitted = fit(
+        "stage-a->b", parameters, loss_of_step, SETTINGS, run=run, validation=Validation(lambda: 0.5, every=10)
+    )
+    found = events.EventAccumulator(str(tmp_path / "tensorboard" / "stage-a-to-b"))
+    found.Reload()
+    losses = found.Scalars("stage-a->b/loss")
+    assert [event.step for event in losses] == list(range(2, 21, 2))
+    assert [event.value for event in losses] == pytest.approx(fitted.losses[1::2])
+    assert [event.step for event in found.Scalars("stage-a->b/validation")] == [0, 10, 20]
+
+
+def test_training_goes_on_where_tensorboard_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: tuple[Fitted, dict[str, Tensor]]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    parameters, loss_of_step = problem()
+    run = RunDirectory(tmp_path, {}, tensorboard=True)
+    assert fit("stage", parameters, loss_of_step, SETTINGS, run=run) == uninterrupted[0]
+    assert len(records_of(tmp_path)) == 10
+    assert not (tmp_path / "tensorboard").exists()
+
+
+# Validation
+
+
+def scripted(scores: Sequence[float], **options: Any) -> tuple[Validation, list[Tensor], dict[str, nn.Parameter], Any]:
+    """A problem, and a validation that gives these scores one after the other and keeps the weights that it saw."""
+    parameters, loss_of_step = problem()
+    seen: list[Tensor] = []
+
+    def score() -> float:
+        seen.append(parameters["weight"].detach().clone())
+        return scores[len(seen) - 1]
+
+    return Validation(score, **options), seen, parameters, loss_of_step
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([0.1, 0.2, 0.5, 0.4, 0.3], 2),
+        ([0.5, 0.2, 0.1, 0.4, 0.3], 0),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], 4),
+        ([0.1, 0.5, 0.2, 0.5, 0.5], 1),
+        ([-0.5, -0.1, -0.2, -0.1, -0.3], 1),
+        ([0.3, 0.3, 0.3, 0.3, 0.3], 0),
+    ],
+)
+def test_a_stage_ends_with_the_weights_of_its_first_best_validation(
+    tmp_path: Path, scores: list[float], best: int
+) -> None:
+    validation, seen, parameters, loss_of_step = scripted(scores, every=6)
+    told: list[tuple[int, float]] = []
+
+    def progress(stage: str, step: int, total: int, figures: dict[str, float]) -> None:
+        if "validation" in figures:
+            told.append((step, figures["validation"]))
+
+    run = open_run(tmp_path)
+    fitted = fit("stage", parameters, loss_of_step, SETTINGS, validation=validation, run=run, progress=progress)
+    # Before the first step, every six steps, and after the last.
+    steps = [0, 6, 12, 18, 20]
+    assert fitted.scores == dict(zip(steps, scores, strict=True))
+    assert fitted.best_step == steps[best]
+    assert fitted.stopped is None
+    assert len(fitted.losses) == 20
+    assert len({tuple(weights.flatten().tolist()) for weights in seen}) == 5
+    assert torch.equal(parameters["weight"], seen[best])
+    distance = (seen[best] - seen[0]).norm() / seen[0].norm()
+    assert fitted.movement["weight"] == pytest.approx(distance.item())
+    assert told == list(fitted.scores.items())
+    assert [(each["step"], each["validation"]) for each in records_of(tmp_path, "validation")] == told
+
+
+@pytest.mark.parametrize(
+    ("patience", "scores", "steps", "best"),
+    [
+        (1, [0.1, 0.2, 0.2], 8, 4),
+        (2, [0.5, 0.4, 0.45], 8, 0),
+        (2, [0.1, 0.0, 0.2, 0.1, 0.2], 16, 8),
+        (3, [0.1, 0.0, 0.0, 0.2, 0.1, 0.1], 20, 12),
+        (5, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], 20, 0),  # the last validation comes with the last step: no early stop
+    ],
+)
+def test_patience_ends_a_stage_early(tmp_path: Path, patience: int, scores: list[float], steps: int, best: int) -> None:
+    validation, seen, parameters, loss_of_step = scripted(scores, every=4, patience=patience)
+    fitted = fit("stage", parameters, loss_of_step, SETTINGS, validation=validation, run=open_run(tmp_path))
+    assert (len(fitted.losses), fitted.best_step) == (steps, best)
+    assert torch.equal(parameters["weight"], seen[best // 4])
+    if steps == 20:
+        assert fitted.stopped is None
+    else:
+        assert fitted.stopped == f"no better validation since step {best}, {patience} validations ago"
+        assert records_of(tmp_path, "loss")[-1]["step"] == steps
+    # And it stays as it is.
+    weights = parameters["weight"].detach().clone()
+    again, _ = problem()
+    never = Validation(lambda: pytest.fail("validated again"), every=4, patience=patience)
+    same = fit("stage", again, lambda step: pytest.fail("trained"), SETTINGS, validation=never, run=open_run(tmp_path))
+    assert same == fitted
+    assert torch.equal(again["weight"], weights)
+
+
+def test_without_validation_the_last_weights_are_the_best(uninterrupted: tuple[Fitted, dict[str, Tensor]]) -> None:
+    assert (uninterrupted[0].scores, uninterrupted[0].best_step) == ({}, 20)
+    assert uninterrupted[0].movement["weight"] > 0.1
 
 
 # Going on
@@ -161,7 +336,7 @@ def interrupt_in(method: str, owner: Any, after: bool) -> Any:
 )
 @pytest.mark.parametrize("step", [0, 1, 4, 5, 7, 19])
 def test_an_interrupted_run_goes_on_to_the_same_losses_and_weights(
-    tmp_path: Path, uninterrupted: tuple[list[float], dict[str, Tensor]], interrupt: Any, step: int
+    tmp_path: Path, uninterrupted: tuple[Fitted, dict[str, Tensor]], interrupt: Any, step: int
 ) -> None:
     parameters, loss_of_step = problem()
     with pytest.MonkeyPatch.context() as patch:
@@ -181,7 +356,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses_and_weights(
 @pytest.mark.parametrize(("method", "call"), [("log", 2), ("save", 1), ("log", 9), ("save", 3)])
 @pytest.mark.parametrize("after", [True, False])
 def test_a_run_interrupted_while_writing_goes_on(
-    tmp_path: Path, uninterrupted: tuple[list[float], dict[str, Tensor]], method: str, call: int, after: bool
+    tmp_path: Path, uninterrupted: tuple[Fitted, dict[str, Tensor]], method: str, call: int, after: bool
 ) -> None:
     parameters, loss_of_step = problem()
     with pytest.MonkeyPatch.context() as patch:
@@ -197,11 +372,8 @@ def test_a_run_interrupted_while_writing_goes_on(
 
 
 def test_a_killed_run_goes_on_from_its_last_save(
-    tmp_path: Path, uninterrupted: tuple[list[float], dict[str, Tensor]]
+    tmp_path: Path, uninterrupted: tuple[Fitted, dict[str, Tensor]]
 ) -> None:
-    class Killed(BaseException):
-        """What no code can answer, such as SIGKILL."""
-
     parameters, loss_of_step = problem()
 
     def dying(step: int) -> Tensor:
@@ -249,6 +421,114 @@ def test_stages_keep_to_themselves(tmp_path: Path) -> None:
     assert (run.has("inner"), run.has("alignment"), run.has("outer")) == (True, True, False)
 
 
+class Killed(BaseException):
+    """What no code can answer, such as SIGKILL."""
+
+
+class Events:
+    """Ends everything at the given number of events, with an exception."""
+
+    def __init__(self, at: int, error: type[BaseException]) -> None:
+        self.at, self.error, self.count, self.happened = at, error, 0, False
+
+    def __call__(self) -> None:
+        self.count += 1
+        if self.count - 1 == self.at:
+            self.happened = True
+            raise self.error
+
+
+@contextmanager
+def watched(events: Events) -> Iterator[None]:
+    """Everything that is done to weights and files is an event: when it begins, and when it is done."""
+
+    def around(original: Any) -> Any:
+        def told(*args: Any, **options: Any) -> Any:
+            events()
+            result = original(*args, **options)
+            events()
+            return result
+
+        return told
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, method in (
+            (torch.optim.AdamW, "step"),
+            (torch.optim.AdamW, "zero_grad"),
+            (Tensor, "backward"),
+            (RunDirectory, "log"),
+            (RunDirectory, "save"),
+        ):
+            patch.setattr(owner, method, around(getattr(owner, method)))
+        yield
+
+
+JUDGED = LoopSettings(num_train_steps=11, lr=0.05, warmup_steps=3, log_every=2, save_every=3)
+SCORES = {
+    "to its end": {0: 0.1, 4: 0.3, 8: 0.2, 11: 0.4},
+    "best in the middle": {0: 0.1, 4: 0.3, 8: 0.2, 11: 0.2},
+    "stopped": {0: 0.1, 4: 0.05, 8: 0.0},
+}
+
+
+def judged(path: Path | None, scores: dict[int, float], events: Events) -> tuple[Fitted, dict[str, Tensor]]:
+    """Train with validation, in a process of which nothing is left but the directory."""
+    parameters, loss_of_step = problem()
+    done = 0
+
+    def loss(step: int) -> Tensor:
+        nonlocal done
+        events()
+        done = step + 1
+        return loss_of_step(step)
+
+    run = None if path is None else open_run(path)
+    state = None if run is None else run.load("stage")
+    done = 0 if state is None else len(state["losses"])
+
+    def score() -> float:
+        events()
+        return scores[done]
+
+    def progress(*told: Any) -> None:
+        events()
+
+    with watched(events):
+        validation = Validation(score, every=4, patience=2)
+        fitted = fit("stage", parameters, loss, JUDGED, validation=validation, run=run, progress=progress)
+    return fitted, {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Killed])
+@pytest.mark.parametrize("case", list(SCORES))
+def test_wherever_a_validated_run_is_ended_it_goes_on_to_the_same_end(
+    tmp_path: Path, error: type[BaseException], case: str
+) -> None:
+    expected, weights = judged(None, SCORES[case], Events(-1, error))
+    assert (expected.stopped is not None) == (case == "stopped")
+    assert expected.scores == SCORES[case]
+    number = 0
+    while True:
+        path, events = tmp_path / str(number), Events(number, error)
+        with suppress(error):
+            judged(path, SCORES[case], events)
+        if not events.happened:
+            break
+        found, resumed = judged(path, SCORES[case], Events(-1, error))
+        assert found == expected, f"ended at event {number}"
+        for name, weight in weights.items():
+            assert torch.equal(resumed[name], weight), f"{name}, ended at event {number}"
+        for key in ("loss", "validation"):
+            steps = [record["step"] for record in records_of(path, key)]
+            assert steps == sorted(set(steps)), f"ended at event {number}"
+            if error is Killed:
+                # Whoever is killed goes back to a save, and writes everything after it again.
+                wanted = [2, 4, 6, 8, 10, 11] if key == "loss" else [0, 4, 8, 11]
+                assert steps == [step for step in wanted if step <= len(expected.losses)]
+        number += 1
+    assert number > 60
+
+
 # What is not finite
 
 
@@ -266,13 +546,148 @@ def test_a_fault_stops_before_the_update(tmp_path: Path, fault: str) -> None:
         # A finite loss with an infinite slope.
         return loss_of_step(step) + (parameters["weight"] * 0).abs().sqrt().sum()
 
-    with pytest.raises(NumericsError, match=r"stage: the loss .* not finite at step 7; .* Lower the learning rate"):
+    with pytest.raises(
+        NumericsError, match=r"stage: the loss .* not finite at step 7\. Lower the learning rate \(0\.05\)\. .* step 6"
+    ):
         fit("stage", parameters, faulty, SETTINGS, run=open_run(tmp_path))
     assert torch.equal(parameters["weight"], before[0])
     assert not parameters["weight"].requires_grad
 
 
+@pytest.mark.parametrize("scores", [[0.1, 0.3, 0.2], [0.3, 0.1, 0.2]])
+@pytest.mark.parametrize("fault", ["loss", "observe", "score"])
+def test_after_a_fault_the_best_weights_are_in_place(tmp_path: Path, scores: list[float], fault: str) -> None:
+    validation, seen, parameters, loss_of_step = scripted(scores, every=4)
+
+    def broken(*given: Any) -> Any:
+        raise NumericsError("Something is not finite.")
+
+    def loss(step: int) -> Tensor:
+        return loss_of_step(step) * (math.nan if fault == "loss" and step == 9 else 1.0)
+
+    def score() -> float:
+        return broken() if len(seen) == 3 else validation.score()
+
+    def observe(step: int) -> dict[str, float]:
+        return broken() if fault == "observe" and step == 9 else {}
+
+    judge = Validation(score, every=4)
+    with pytest.raises(NumericsError, match=r"finite.* The weights kept are those after step .*, the best") as caught:
+        fit("stage", parameters, loss, SETTINGS, validation=judge, observe=observe, run=open_run(tmp_path))
+    best = scores.index(0.3)
+    assert f"after step {4 * best}, the best on validation (0.3000)" in str(caught.value)
+    assert torch.equal(parameters["weight"], seen[best])
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in parameters.values())
+
+
+def test_a_diverging_loss_ends_the_stage_with_its_best_weights(tmp_path: Path) -> None:
+    validation, seen, parameters, _ = scripted([0.1, 0.4, 0.3, 0.25], every=20)
+
+    def loss(step: int) -> Tensor:
+        # Twice as much as in the beginning, and then ten times: the mean of the latest ten is above three times it
+        # when two of them are that high.
+        return parameters["weight"].sum() * 1e-6 + (1.0 if step < 20 else 2.0 if step < 70 else 10.0)
+
+    settings = LoopSettings(num_train_steps=200, lr=1e-3, max_loss_ratio=3.0)
+    with pytest.raises(
+        NumericsError, match=r"stage has diverged: at step 73 the loss is 3\.6, and it was 1 "
+    ) as caught:
+        fit("stage", parameters, loss, settings, validation=validation, run=open_run(tmp_path))
+    assert "Lower the learning rate (0.001). The weights kept are those after step 20" in str(caught.value)
+    assert torch.equal(parameters["weight"], seen[1])
+
+
+@pytest.mark.parametrize(("growth", "ratio", "steps"), [(2.9, 3.0, 100), (3.1, 3.0, 30), (1000.0, None, 100)])
+def test_a_loss_diverges_beyond_its_ratio_only(growth: float, ratio: float | None, steps: int) -> None:
+    parameters, _ = problem()
+    settings = LoopSettings(num_train_steps=100, lr=1e-3, max_loss_ratio=ratio)
+    made: list[int] = []
+
+    def loss(step: int) -> Tensor:
+        made.append(step)
+        return parameters["weight"].sum() * 1e-6 + (1.0 if step < 20 else growth)
+
+    if steps == 100:
+        assert len(fit("stage", parameters, loss, settings).losses) == 100
+    else:
+        # Without validation, the weights are those of the last step that was made.
+        with pytest.raises(NumericsError, match="diverged: at step 31 .* The weights are those after step 30"):
+            fit("stage", parameters, loss, settings)
+    assert made == list(range(steps + (steps < 100)))
+
+
+@pytest.mark.parametrize(
+    ("scores", "ratio", "step"),
+    [
+        ([0.5, 0.6, 0.24], 3.0, 8),
+        ([0.6, 0.29], 3.0, 4),
+        ([0.5, 0.6, 0.26, 0.3, 0.4, 0.5], 3.0, None),
+        # From chance on, or from little, there is nothing to fall from.
+        ([0.02, 0.01, 0.0, 0.0, 0.0, 0.0], 3.0, None),
+        ([0.02, 0.9, 0.1, 0.1, 0.1, 0.1], 3.0, None),
+        ([0.5, 0.6, 0.1, 0.1, 0.1, 0.1], None, None),
+        ([-0.4, -0.5, -0.9, -1.0, -1.0, -1.0], 3.0, None),
+    ],
+)
+def test_a_validation_that_falls_to_less_than_half_of_the_first_ends_the_stage(
+    tmp_path: Path, scores: list[float], ratio: float | None, step: int | None
+) -> None:
+    validation, seen, parameters, loss_of_step = scripted(scores, every=4)
+    settings = SETTINGS.model_copy(update={"max_loss_ratio": ratio})
+    if step is None:
+        assert len(fit("stage", parameters, loss_of_step, settings, validation=validation).losses) == 20
+        return
+    with pytest.raises(NumericsError, match=f"diverged: after step {step} the validation is {scores[-1]}") as caught:
+        fit("stage", parameters, loss_of_step, settings, validation=validation, run=open_run(tmp_path))
+    best = scores.index(max(scores))
+    assert f"The weights kept are those after step {4 * best}, the best" in str(caught.value)
+    assert torch.equal(parameters["weight"], seen[best])
+    assert records_of(tmp_path, "validation")[-1]["validation"] == scores[-1]
+
+
 # The directory
+
+
+@pytest.mark.parametrize(
+    ("stages", "asked", "known"),
+    [
+        (["outer"], "outer", True),
+        (["inner-planner"], "inner", True),
+        (["alignment-a->b"], "alignment", True),
+        (["inner-outer"], "outer", False),
+        (["outermost"], "outer", False),
+        ([], "outer", False),
+    ],
+)
+def test_a_run_knows_which_stages_it_has(tmp_path: Path, stages: list[str], asked: str, known: bool) -> None:
+    run = open_run(tmp_path)
+    for stage in stages:
+        run.save(stage, {})
+    assert run.has(asked) is known
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
+def test_on_a_full_disk_the_last_saved_state_stays(
+    tmp_path: Path, uninterrupted: tuple[Fitted, dict[str, Tensor]], error: Exception
+) -> None:
+    parameters, loss_of_step = problem()
+    save, calls = torch.save, [0]
+
+    def full(state: Any, file: Path) -> None:
+        calls[0] += 1
+        save(state, file)
+        if calls[0] == 2:
+            file.write_bytes(file.read_bytes()[:100])
+            raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OutputError, match=r"cannot save the training state to .*state: .*(No space|write failed)"):
+            fit("stage", parameters, loss_of_step, SETTINGS, run=open_run(tmp_path))
+    assert [file.name for file in (tmp_path / "state").iterdir()] == ["stage.pt"]
+    assert len(open_run(tmp_path).load("stage")["losses"]) == 5
+    parameters, loss_of_step = problem()
+    assert fit("stage", parameters, loss_of_step, SETTINGS, run=open_run(tmp_path)) == uninterrupted[0]
 
 
 @pytest.mark.parametrize(

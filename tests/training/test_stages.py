@@ -1,5 +1,7 @@
 """The stages of training: what each is given, that it learns it, and that nothing else moves."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,11 @@ from recursivemas.training.alignment import (
     solve_residual,
     train_alignment,
 )
-from recursivemas.training.data import RoleSample, encode_turns
+from recursivemas.training.data import Question, RoleSample, check_disjoint, encode_turns
 from recursivemas.training.inner import InnerSettings, collect_pairs, cosine_loss, train_inner
 from recursivemas.training.loop import RunDirectory
-from recursivemas.training.recipe import Recipe, WorldSettings, fresh_links, parse_stages, train
+from recursivemas.training.outer import OuterSettings
+from recursivemas.training.recipe import Material, Recipe, WorldSettings, parse_stages, starting_system, train
 
 # Without blanks: see test_blanks_that_are_tokens_of_their_own_are_aligned.
 TEXTS = ["A-plan-for-the-fox", "The-critic-improves-it", "forty-two", "river,bank,at,dawn", "dog"]
@@ -35,6 +38,27 @@ def samples(role: str, number: int = 8) -> list[RoleSample]:
         RoleSample(role=role, question=f"Question {i}?", target=f"{TEXTS[i % len(TEXTS)]},{i}.", num_rounds=2)
         for i in range(number)
     ]
+
+
+def questions_of(split: str, number: int) -> list[Question]:
+    return [
+        Question(
+            id=f"{split}-{i}",
+            text=f"{split} {i}: {TEXTS[i % 5]}?",
+            answer=TEXTS[i % 5],
+            posterior={"dog": 0.7, "fox": 0.3},
+        )
+        for i in range(min(number, 12))
+    ]
+
+
+def score(system: RecursiveSystem, questions: Sequence[Question]) -> float:
+    """Something that depends on every weight: the mean of the first message."""
+    results = system.run([question.text for question in questions], trace="full")
+    return float(np.mean([float(result.trace.messages[0].tensor().mean()) for result in results]))
+
+
+MATERIAL = Material(turns=samples, questions=questions_of, score=score)
 
 
 def weights(system: RecursiveSystem) -> dict[str, Tensor]:
@@ -182,17 +206,19 @@ def test_blanks_that_are_tokens_of_their_own_are_aligned(tiny_models: dict[str, 
     assert found.isfinite().all()
 
 
-def test_pairs_of_an_edge_are_what_its_link_gets_and_should_return(system: RecursiveSystem) -> None:
-    sender, reader = system.agents["planner"], system.agents["critic"].model
-    turns = encode_turns(samples("planner", 3), sender.model, system.prompts)
-    for through in (True, False):
-        features, targets = alignment_pairs(sender, reader, turns, through_inner_link=through)
-        states = collect_pairs(sender.model, turns, with_end=False).states
-        torch.testing.assert_close(features, sender.inner_link(states) if through else states)
-        expected = torch.cat(
-            [embeddings_of_spans(reader, turn.target, sender.model.spans(turn.target)[1]) for turn in turns]
-        )
-        torch.testing.assert_close(targets, expected)
+def test_pairs_of_an_edge_are_what_its_sender_thinks_and_its_reader_embeds(system: RecursiveSystem) -> None:
+    sender, reader = system.agents["planner"].model, system.agents["critic"].model
+    turns = encode_turns(samples("planner", 3), sender, system.prompts)
+    pairs = alignment_pairs(sender, reader, turns)
+    torch.testing.assert_close(pairs.states, collect_pairs(sender, turns, with_end=False).states)
+    expected = [embeddings_of_spans(reader, turn.target, sender.spans(turn.target)[1]) for turn in turns]
+    torch.testing.assert_close(pairs.targets, torch.cat(expected))
+    # Or of the first tokens only.
+    few = alignment_pairs(sender, reader, turns, num_tokens=2)
+    lengths = [len(turn.target_ids) for turn in turns]
+    chosen = [sum(lengths[:row]) + place for row in range(3) for place in range(2)]
+    assert torch.equal(few.states, pairs.states[chosen])
+    assert torch.equal(few.targets, pairs.targets[chosen])
 
 
 def regression(number: int = 60) -> tuple[Tensor, Tensor]:
@@ -247,38 +273,108 @@ def recipe(tmp_path: Path, **changes: object) -> Recipe:
         "output": str(tmp_path),
         "inner": InnerSettings(num_train_steps=6, num_samples=6, batch_size=32, save_every=3, log_every=2),
         "alignment": AlignmentSettings(num_train_steps=6, num_samples=4, batch_size=32, save_every=3, log_every=2),
+        "outer": OuterSettings(
+            num_train_steps=4,
+            batch_size=3,
+            anchor_batch_size=16,
+            warmup_steps=0,
+            save_every=2,
+            validate_every=2,
+            log_every=2,
+            num_validation=2,
+        ),
+        "num_latent_steps": 2,
         **changes,
     }
     return Recipe(**settings)
 
 
+def small(make_system: Callable[..., RecursiveSystem]) -> RecursiveSystem:
+    return make_system(num_latent_steps=2, max_new_tokens=4)
+
+
+@pytest.fixture
+def system(make_system: Callable[..., RecursiveSystem]) -> RecursiveSystem:
+    return small(make_system)
+
+
 def test_training_moves_every_link_and_no_model(system: RecursiveSystem, tmp_path: Path) -> None:
     prints = {role: agent.model.fingerprint() for role, agent in system.agents.items()}
     before = weights(system)
-    reports = train(system, recipe(tmp_path), samples)
+    reports = train(system, recipe(tmp_path), MATERIAL)
     assert set(reports) == {
         *(f"inner {role}" for role in system.agents),
         *(f"alignment {edge}" for edge in system.links),
+        "outer",
     }
     assert set(system.trainable_parameters()) <= changed(before, system)
     assert {role: agent.model.fingerprint() for role, agent in system.agents.items()} == prints
+    assert not any(parameter.requires_grad for parameter in system.trainable_parameters().values())
 
 
-def test_a_stage_that_is_left_out_keeps_its_links(system: RecursiveSystem, tmp_path: Path) -> None:
-    before = weights(system)
-    train(system, recipe(tmp_path), samples, stages=["inner"])
-    assert {name.split("/")[0] for name in changed(before, system)} == {"planner", "critic", "solver"}
-    before = weights(system)
-    train(system, recipe(tmp_path), samples, stages=["alignment"])
-    assert {name.split("/")[0] for name in changed(before, system)} == set(system.links)
-
-
-@pytest.mark.parametrize("stopped_at", [1, 4, 8, 14])
-def test_a_stopped_training_goes_on_to_the_same_system(make_system: object, tmp_path: Path, stopped_at: int) -> None:
+@pytest.mark.parametrize("trained", ["outer", "inner+outer"])
+def test_the_outer_stage_reports_what_moved(system: RecursiveSystem, tmp_path: Path, trained: str) -> None:
     settings = recipe(tmp_path)
-    whole = make_system()
-    train(whole, settings, samples)
+    settings = settings.model_copy(update={"outer": settings.outer.model_copy(update={"trained": trained})})
+    # Without validation, so that the last weights stay.
+    material = Material(turns=samples, questions=questions_of)
+    train(system, settings, material, stages=["inner", "alignment"])
+    before = weights(system)
+    report = train(system, settings, material, stages=["outer"])["outer"]
+    links = set(system.links) | (set(system.agents) if trained == "inner+outer" else set())
+    assert {name.split("/")[0] for name in changed(before, system)} == links
+    assert {name for name, distance in report["moved"].items() if distance > 0} == links
+    for name, link in system.all_links.items():
+        names = [tensor for tensor, _ in link.named_parameters()]
+        old = torch.cat([before[f"{name}/{tensor}"].flatten() for tensor in names])
+        new = torch.cat([link.state_dict()[tensor].flatten() for tensor in names])
+        assert report["moved"][name] == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-4)
+    assert report["unmoved_tensors"] == []
+    assert {name: report[name] for name in ("questions", "steps", "best_step", "validation", "stopped")} == {
+        "questions": 12,
+        "steps": 4,
+        "best_step": 4,
+        "validation": {},
+        "stopped": None,
+    }
 
+
+def test_tensors_that_do_not_move_are_named(system: RecursiveSystem, tmp_path: Path) -> None:
+    outer = OuterSettings(num_train_steps=2, batch_size=2, anchor=0, num_rounds=1, num_validation=2)
+    report = train(system, recipe(tmp_path, outer=outer), MATERIAL, stages=["outer"])["outer"]
+    # In a single round nobody reads the solver; and without validation gains nothing else is taken back.
+    expected = {name for name in system.trainable_parameters() if name.split("/")[0] in ("solver", "solver->planner")}
+    if report["best_step"] == 0:
+        expected = set(system.trainable_parameters())
+    assert set(report["unmoved_tensors"]) == expected
+
+
+@pytest.mark.parametrize(("stage", "moved"), [("inner", "agents"), ("alignment", "links"), ("outer", "all_links")])
+def test_a_stage_that_is_left_out_keeps_its_links(
+    system: RecursiveSystem, tmp_path: Path, stage: str, moved: str
+) -> None:
+    before = weights(system)
+    material = Material(turns=samples, questions=questions_of)
+    reports = train(system, recipe(tmp_path), material, stages=[stage])
+    assert {name.split("/")[0] for name in changed(before, system)} == set(getattr(system, moved))
+    assert {name.split()[0] for name in reports} == {stage}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_models: dict[str, LanguageModel], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights of a training that nothing has stopped."""
+    roles = dict(zip(("planner", "critic", "solver"), tiny_models.values(), strict=True))
+    trained = RecursiveSystem.build(agents=roles, num_rounds=2, num_latent_steps=2, max_new_tokens=4)
+    train(trained, recipe(tmp_path_factory.mktemp("whole")), MATERIAL)
+    return weights(trained)
+
+
+# Told 9 times of each of the first two stages, then: validation 0, validation 2, step 2, validation 4, step 4.
+@pytest.mark.parametrize("stopped_at", [4, 14, 19, 21])
+def test_a_stopped_training_goes_on_to_the_same_system(
+    make_system: Callable[..., RecursiveSystem], whole: dict[str, Tensor], tmp_path: Path, stopped_at: int
+) -> None:
+    settings = recipe(tmp_path)
     told = [0]
 
     def stop(*progress: object) -> None:
@@ -286,27 +382,109 @@ def test_a_stopped_training_goes_on_to_the_same_system(make_system: object, tmp_
         if told[0] == stopped_at:
             raise KeyboardInterrupt
 
-    stopped = make_system()
+    stopped = small(make_system)
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, settings, samples, run=RunDirectory(tmp_path, {}), progress=stop)
-    resumed = make_system()
-    train(resumed, settings, samples, run=RunDirectory(tmp_path, {}))
-    expected = weights(whole)
-    assert not changed(expected, resumed)
+        train(stopped, settings, MATERIAL, run=RunDirectory(tmp_path, {}), progress=stop)
+    resumed = small(make_system)
+    train(resumed, settings, MATERIAL, run=RunDirectory(tmp_path, {}))
+    assert not changed(whole, resumed)
     # And once more, when everything is done.
-    again = make_system()
-    train(again, settings, samples, run=RunDirectory(tmp_path, {}))
-    assert not changed(expected, again)
+    again = small(make_system)
+    train(again, settings, MATERIAL, run=RunDirectory(tmp_path, {}))
+    assert not changed(whole, again)
 
 
-def test_stages_can_be_trained_in_separate_runs(make_system: object, tmp_path: Path) -> None:
+def test_stages_can_be_trained_in_separate_runs(
+    make_system: Callable[..., RecursiveSystem], whole: dict[str, Tensor], tmp_path: Path
+) -> None:
     settings = recipe(tmp_path)
-    whole = make_system()
-    train(whole, settings, samples)
+    for stages in (["inner"], ["alignment"], ["outer"]):
+        apart = small(make_system)
+        train(apart, settings, MATERIAL, stages=stages, run=RunDirectory(tmp_path, {}))
+    assert not changed(whole, apart)
+    # What was trained is brought back, whichever stage is named.
     for stages in (["inner"], ["alignment"]):
-        apart = make_system()
-        train(apart, settings, samples, stages=stages, run=RunDirectory(tmp_path, {}))
-    assert not changed(weights(whole), apart)
+        apart = small(make_system)
+        reports = train(apart, settings, MATERIAL, stages=stages, run=RunDirectory(tmp_path, {}))
+        assert "outer" in reports
+        assert not changed(whole, apart)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("outer", "inner"), ("outer", "alignment"), ("alignment", "inner"), ("outer", "inner,alignment")],
+)
+def test_a_stage_is_not_trained_below_one_that_was_built_on_it(
+    make_system: Callable[..., RecursiveSystem], tmp_path: Path, first: str, then: str
+) -> None:
+    train(small(make_system), recipe(tmp_path), MATERIAL, stages=[first], run=RunDirectory(tmp_path, {}))
+    before = weights(system := small(make_system))
+    with pytest.raises(ConfigError, match=rf"stage {first} .* than the stage {then.split(',')[0]} would make now"):
+        train(system, recipe(tmp_path), MATERIAL, stages=then.split(","), run=RunDirectory(tmp_path, {}))
+    assert not changed(before, system)
+
+
+# Questions
+
+
+def question(id: str, text: str) -> Question:
+    return Question(id=id, text=text, answer="yes")
+
+
+def test_splits_that_share_a_question_are_refused() -> None:
+    train_split = [question("t1", "Why?"), question("t2", "How?"), question("t3", "Why?")]
+    apart = {"train": train_split, "validation": [question("v1", "Who?")], "test": [question("x1", "When?")]}
+    check_disjoint(apart)
+    check_disjoint({"train": train_split, "validation": [], "test": []})
+    with pytest.raises(InputError, match="2 of 3 validation questions are train questions, too .* v2: 'How\\?'"):
+        check_disjoint(
+            {**apart, "validation": [question("v1", "Who?"), question("v2", "How?"), question("v3", "Why?")]}
+        )
+    with pytest.raises(InputError, match="1 of 1 test questions are validation questions, too .* x1: 'Who\\?'"):
+        check_disjoint({**apart, "test": [question("x1", "Who?")]})
+
+
+MISTAKES = {
+    "overlap": ({}, {"validation": "train"}, InputError, "2 of 2 validation questions are train questions"),
+    "test": ({}, {"test": "train"}, InputError, "test questions are train questions, too"),
+    "link": (
+        {"lr_ratios": {"plannr": 2.0}},
+        {},
+        ConfigError,
+        "lr_ratios: unknown link 'plannr': did you mean 'planner'",
+    ),
+    "weights": ({"round_weights": (1.0,)}, {}, ConfigError, "round_weights has 1 weights for 2 rounds"),
+    "posterior": ({"distillation": 0.5}, {"posterior": None}, ConfigError, "distillation needs a posterior .* train-0"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_mistakes_of_the_outer_stage_are_found_before_anything_is_trained(
+    system: RecursiveSystem, tmp_path: Path, mistake: str
+) -> None:
+    settings, splits, error, words = MISTAKES[mistake]
+
+    def questions(split: str, number: int) -> list[Question]:
+        found = questions_of(splits.get(split, split), number)
+        return [replace(each, posterior={}) for each in found] if "posterior" in splits else found
+
+    test = questions_of(splits["test"], 3) if "test" in splits else ()
+    material = Material(turns=samples, questions=questions, score=score, test=test)
+    before = weights(system)
+    run = RunDirectory(tmp_path, {})
+    outer = OuterSettings(num_train_steps=2, batch_size=2, num_validation=2, **settings)
+    with pytest.raises(error, match=words):
+        train(system, recipe(tmp_path, outer=outer), material, run=run)
+    assert not changed(before, system)
+    assert not any((tmp_path / "state").iterdir())
+    # Whoever does not train the stage is not bothered.
+    train(system, recipe(tmp_path, outer=outer), material, stages=["inner"], run=run)
+
+
+def test_without_latent_steps_there_is_no_outer_loop(system: RecursiveSystem, tmp_path: Path) -> None:
+    settings = recipe(tmp_path, num_latent_steps=0)
+    with pytest.raises(ConfigError, match="num_latent_steps of 1 or more, got 3 edges and 0 latent steps"):
+        train(starting_system(system, settings), settings, MATERIAL, stages=["outer"])
 
 
 def test_a_changed_model_is_noticed(system: RecursiveSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +496,7 @@ def test_a_changed_model_is_noticed(system: RecursiveSystem, tmp_path: Path, mon
 
     monkeypatch.setattr(LanguageModel, "fingerprint", meddled)
     with pytest.raises(AssertionError, match="the frozen model of the critic changed"):
-        train(system, recipe(tmp_path), samples, stages=["inner"])
+        train(system, recipe(tmp_path), MATERIAL, stages=["inner"])
 
 
 def test_links_are_drawn_anew_as_the_recipe_says(system: RecursiveSystem, tmp_path: Path) -> None:
@@ -330,18 +508,29 @@ def test_links_are_drawn_anew_as_the_recipe_says(system: RecursiveSystem, tmp_pa
         max_new_tokens=9,
         links={"design": "ln-res-2-layer", "bias": False},
     )
-    drawn = fresh_links(system, settings)
+    drawn = starting_system(system, settings)
     assert {link.config.design for link in drawn.all_links.values()} == {"ln-res-2-layer"}
     assert {link.config.bias for link in drawn.all_links.values()} == {False}
     found = drawn.settings
     assert (found.num_rounds, found.num_latent_steps, found.message, found.max_new_tokens) == (5, 7, "outer", 9)
     assert drawn.agents["planner"].model is system.agents["planner"].model
-    again, other = fresh_links(system, settings), fresh_links(system, recipe(tmp_path, seed=1))
+    again, other = starting_system(system, settings), starting_system(system, recipe(tmp_path, seed=1))
     assert not changed(weights(drawn), again)
     assert not torch.equal(
         other.links["planner->critic"].w1.weight,
-        fresh_links(system, recipe(tmp_path)).links["planner->critic"].w1.weight,
+        starting_system(system, recipe(tmp_path)).links["planner->critic"].w1.weight,
     )
+
+
+def test_given_links_are_kept(system: RecursiveSystem, tmp_path: Path) -> None:
+    settings = recipe(tmp_path, links={"start": "given", "design": "1-layer"}, num_rounds=5)
+    before = weights(system)
+    found = starting_system(system, settings)
+    assert not changed(before, found)
+    assert found.all_links["planner"] is system.all_links["planner"]
+    assert (found.settings.num_rounds, found.settings.num_latent_steps) == (5, 2)
+    drawn = starting_system(system, recipe(tmp_path, num_rounds=5))
+    assert drawn.all_links["planner"] is not system.all_links["planner"]
 
 
 def test_turns_that_speak_are_not_thought_through(system: RecursiveSystem, tmp_path: Path) -> None:
@@ -349,7 +538,10 @@ def test_turns_that_speak_are_not_thought_through(system: RecursiveSystem, tmp_p
         spoken = [RoleSample(role=role, question="Why?", target="never", round=2, num_rounds=2)]
         return samples(role, number) + (spoken if role == "solver" else [])
 
-    plain, mixed = (train(system, recipe(tmp_path), given, stages=["inner"]) for given in (samples, with_answers))
+    plain, mixed = (
+        train(system, recipe(tmp_path), replace(MATERIAL, turns=given), stages=["inner"])
+        for given in (samples, with_answers)
+    )
     assert mixed["inner solver"]["pairs"] == plain["inner solver"]["pairs"]
 
 
@@ -358,12 +550,18 @@ def test_a_role_without_turns_to_train_on_is_refused(system: RecursiveSystem, tm
         return [RoleSample(role=role, question="Why?", target="x", round=1, num_rounds=1)]
 
     with pytest.raises(InputError, match="solver"):
-        train(system, recipe(tmp_path), only_answers, stages=["inner"])
+        train(system, recipe(tmp_path), replace(MATERIAL, turns=only_answers), stages=["inner"])
 
 
 @pytest.mark.parametrize(
     ("text", "stages"),
-    [("all", ("inner", "alignment")), ("alignment, inner", ("inner", "alignment")), ("inner", ("inner",))],
+    [
+        ("all", ("inner", "alignment", "outer")),
+        ("outer, inner", ("inner", "outer")),
+        ("alignment, inner", ("inner", "alignment")),
+        ("inner", ("inner",)),
+        ("outer", ("outer",)),
+    ],
 )
 def test_stages_are_trained_in_their_order(text: str, stages: tuple[str, ...]) -> None:
     assert parse_stages(text) == stages

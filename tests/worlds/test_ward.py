@@ -9,9 +9,11 @@ import torch
 from torch.nn import functional
 
 from recursivemas.errors import ConfigError
+from recursivemas.evaluation.scorers import SCORERS
 from recursivemas.models import LanguageModel
 from recursivemas.prompts import PromptSet
 from recursivemas.training.data import encode_turns
+from recursivemas.worlds import World, load_world
 from recursivemas.worlds.pretraining import reply_loss
 from recursivemas.worlds.ward import Ward, curriculum
 from recursivemas.worlds.ward.cases import (
@@ -24,6 +26,7 @@ from recursivemas.worlds.ward.cases import (
     NO_STAGE,
     ROLES,
     STAGES,
+    VARIANTS,
     Cases,
     CaseWorld,
     in_split,
@@ -170,6 +173,35 @@ def test_turns_of_the_loop(ward: Ward) -> None:
             assert words[2] in (stages if turn >= 4 else {NO_STAGE})
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_conversations_hand_on_what_was_written_and_end_with_the_answer(ward: Ward, variant: str) -> None:
+    loops = ward.conversations("validation", 200, 0, variant=variant)
+    assert loops == Ward(seed=0).conversations("validation", 200, 0, variant=variant)
+    for turns in loops:
+        assert [(turn.role, turn.round) for turn in turns] == [(role, r) for r in (1, 2, 3) for role in ROLES]
+        assert {(turn.question, turn.num_rounds, turn.variant) for turn in turns} == {(turns[0].question, 3, variant)}
+        received = [next(iter(turn.messages.values())) for turn in turns]
+        assert received == ["", *(turn.target for turn in turns[:-1])]
+        assert turns[-1].target in {ward.answer_text(name) for name in DISEASES}
+    # By the book a note names the likeliest disease, not a sampled one: first thoughts often last.
+    first, last = ([turns[turn].target.split()[0].rstrip(".") for turns in loops] for turn in (0, -1))
+    assert 0.2 < np.mean([a == b for a, b in zip(first, last, strict=True)]) < 0.9
+
+
+def test_answers_are_scored_as_they_are_written(ward: Ward) -> None:
+    score = SCORERS[ward.scorer]
+    for sample in ward.samples("validation", 20, 0):
+        known = sample.metadata["posterior"]
+        assert score(ward.answer_text(sample.target), sample.target, sample.metadata).value == known[sample.target]
+
+
+def test_it_is_a_world(ward: Ward) -> None:
+    assert isinstance(ward, World)
+    assert isinstance(load_world("ward"), Ward)
+    assert ward.roles == tuple(PromptSet.load(ward.prompts).roles)
+    assert tuple(PromptSet.load(ward.prompts).variants) == VARIANTS
+
+
 def test_pretraining_text_has_every_kind_of_turn(ward: Ward) -> None:
     rng = np.random.default_rng(0)
     samples = [s for _ in range(6) for s in curriculum.pretraining_turns(ward.cases, rng, 100, role="solver")]
@@ -246,6 +278,8 @@ def test_what_is_unknown_is_named(ward: Ward) -> None:
         ward.role_samples("train", 3, 0, role="critik")
     with pytest.raises(ConfigError, match="graded"):
         ward.role_samples("train", 3, 0, role="critic", variant="grade")
+    with pytest.raises(ConfigError, match="graded"):
+        ward.conversations("train", 3, 0, variant="grade")
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -1,5 +1,6 @@
 """`recursivemas eval`: let a system, the same agents in text, and the controls answer the same questions."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ DEFAULT_ARMS = "latent,text,solo,none,shuffled,random-link"
 def evaluate(
     system: SystemArgument,
     *,
-    task: Annotated[str | None, typer.Option(help="A world's questions: ward.")] = None,
+    task: Annotated[str | None, typer.Option(help="A world's questions: ward or relay.")] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Questions of your own.")] = None,
     arms: Annotated[str, typer.Option(help="Separated by commas; see below.")] = DEFAULT_ARMS,
     rounds: Annotated[str | None, typer.Option(help="Separated by commas. Default: 1 up to the system's own.")] = None,
@@ -40,6 +41,9 @@ def evaluate(
         int | None, typer.Option("-n", "--n", help="Number of questions. Default: 2000, or the whole file.")
     ] = None,
     split: Annotated[str, typer.Option(help="With --task: train, validation or test.")] = "test",
+    by: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Also report accuracy by this key of the questions (relay: hops).")
+    ] = None,
     question_column: Annotated[str, typer.Option(help="With --data: the column of the question.")] = "question",
     target_column: Annotated[str, typer.Option(help="With --data: the column of the answer.")] = "answer",
     id_column: Annotated[str | None, typer.Option(help="With --data: a column that names questions.")] = None,
@@ -64,7 +68,8 @@ def evaluate(
     """Compare latent hand-offs with text and with controls, on the same questions and one meter.
 
     Arms: latent (the system), text (the same agents in text, once for each wording of the prompts), both, solo (the
-    answering agent alone), none (empty slots), zero (zeros), shuffled (another question's messages), random-link.
+    answering agent alone), none (empty slots), zero (zeros), shuffled (another question's messages), random-link,
+    no-feedback (edges that lead back are closed).
     Writes answers as they come: a run that was stopped goes on with the same command.
 
     [bold]Example:[/bold] recursivemas eval ward --task ward -n 2000 --arms latent,text,solo
@@ -85,6 +90,7 @@ def evaluate(
         if task is not None
         else _file_task(data or Path(), question_column, target_column, id_column, scorer, instructions, n, seed)
     )
+    job = dataclasses.replace(job, group_by=by)
     chosen = numbers(rounds, "--rounds") if rounds else list(range(1, loaded.settings.num_rounds + 1))
     name = "-".join(part for part in Path(system).parts if part not in ("/", ".", ".."))
     place = output or Path("runs/eval") / f"{name}-{job.name}"
@@ -129,6 +135,8 @@ def evaluate(
     out.print(report.table(log))
     if log.pairs():
         out.print(report.comparison_table(log))
+    if by is not None:
+        out.print(report.group_table(log))
     err.print(f"[dim]written to {place}: report.json, report.html, answers.jsonl[/dim]", highlight=False)
 
 
@@ -150,7 +158,7 @@ def watch(run: Any, task: Any) -> Any:
 
 def world_task(system: Any, name: str, *, split: str, n: int, seed: int) -> Any:
     """Questions of a world: of the one whose agents the system is made of, if it is."""
-    from recursivemas.evaluation.scorers import posterior
+    from recursivemas.evaluation.scorers import SCORERS
     from recursivemas.evaluation.task import Task
     from recursivemas.worlds import load_world
 
@@ -163,7 +171,7 @@ def world_task(system: Any, name: str, *, split: str, n: int, seed: int) -> Any:
     return Task(
         name=name,
         samples=samples,
-        scorer=posterior,
+        scorer=SCORERS[world.scorer],
         optimum={each: world.optimum(samples, each) for each in rounds},
         seed=seed,
     )

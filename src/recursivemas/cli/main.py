@@ -2,7 +2,7 @@
 
 import typer
 
-from recursivemas.cli import demo, eval, run, train, world
+from recursivemas.cli import demo, eval, inspect, run, train, world
 
 app = typer.Typer(
     name="recursivemas",
@@ -20,6 +20,7 @@ app.command("run")(run.run)
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("world")(world.world)
+app.add_typer(inspect.app, name="inspect")
 
 
 def main() -> None:

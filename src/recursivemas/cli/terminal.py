@@ -52,10 +52,9 @@ def reported(command: Command) -> Command:
             command(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            # Answers of `run` are on the terminal or nowhere; every other verb finds what it has done.
-            kept = (
-                "" if command.__name__ == "run" else "; what is done is kept, and the same command goes on from there"
-            )
+            # What `run` and `inspect` tell is on the terminal or nowhere; every other verb finds what it has done.
+            is_kept = command.__name__ not in ("run", "links")
+            kept = "; what is done is kept, and the same command goes on from there" if is_kept else ""
             complain(f"interrupted{kept}")
             raise typer.Exit(130) from None
         except BrokenPipeError:

@@ -55,6 +55,7 @@ ARM_NOTES = {
     "zero": "messages of zeros",
     "shuffled": "each reader gets the messages of another question; their cost is not counted",
     "random-link": "the links are drawn anew, as loud as the trained ones",
+    "no-feedback": "edges that lead back to an earlier stage are closed",
 }
 
 
@@ -123,6 +124,33 @@ def comparison_table(log: EvalLog) -> Table:
         view.add_row(Text(f"{each['a']} − {each['b']}"), str(each["rounds"]), *_comparison_cells(each))
     view.caption = Text("paired t-tests on the same questions, not corrected for their number")
     return view
+
+
+def group_table(log: EvalLog) -> Table:
+    """Accuracy of every arm by the values of the metadata that the task is grouped by."""
+    groups = _groups(log)
+    view = _new_table("arm", "rounds", *groups["values"])
+    for label, rounds, cells in groups["rows"]:
+        view.add_row(Text(label), str(rounds), *cells)
+    view.add_row("questions", "", *groups["counts"], style="dim")
+    view.caption = Text(f"accuracy by {groups['key']}")
+    return view
+
+
+def _groups(log: EvalLog) -> dict[str, Any]:
+    """Accuracy by group as cells of a table; without groups, a table of nothing."""
+    key, found = log.task.group_by or "", log.groups()
+    values = list(dict.fromkeys(each[key] for each in found))
+    rows = [
+        (arm.label, arm.rounds, [decimal(each["accuracy"]) for each in found if _arm_of(each) == arm])
+        for arm in (log.answers if found else ())
+    ]
+    counts = [str(each["n"]) for each in found[:: len(log.answers)]]
+    return {"key": key, "values": [str(value) for value in values], "rows": rows, "counts": counts}
+
+
+def _arm_of(record: Mapping[str, Any]) -> Arm:
+    return Arm(record["arm"], record["rounds"], record["variant"])
 
 
 def _comparisons(log: EvalLog) -> list[dict[str, Any]]:
@@ -235,6 +263,7 @@ def _say_controls(rows: list[Row]) -> str:
         "zero": "messages of zeros give {}",
         "shuffled": "messages of another question give {}",
         "random-link": "links drawn anew give {}",
+        "no-feedback": "without the feedback of earlier rounds it is {}",
     }
     found = [phrases[row.arm.name].format(_score(row)) for row in rows if row.arm.name in phrases]
     return f"Controls: {'; '.join(found)}." if found else ""
@@ -283,6 +312,7 @@ def write_html(log: EvalLog, story: Story | None, directory: Path, *, title: str
         optimum=_optimum(log.task),
         has_cut=any(row.cut or row.unscorable for row in rows),
         comparisons=_comparison_groups(log),
+        by_group=_groups(log),
         arm_notes={row.arm.name: ARM_NOTES[row.arm.name] for row in rows},
         legend=figures.legend(rows),
         accuracy_figure=figures.draw_accuracy(rows, _optimum(log.task)),

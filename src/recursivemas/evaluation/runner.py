@@ -7,6 +7,7 @@
     zero          the system with messages of zeros
     shuffled      the system, each reader getting the messages of another question
     random-link   the system with links drawn anew
+    no-feedback   the system with the edges closed that lead back to an earlier stage: what rounds are worth without it
 
 Arms take turns batch by batch, so that a machine that slows down slows down all of them. Answers are written as they
 come; a run that was stopped goes on where it was. Knows systems from outside only.
@@ -27,7 +28,7 @@ from recursivemas.evaluation.metrics import mean, paired_difference
 from recursivemas.evaluation.task import Sample, Task
 from recursivemas.system import RecursiveSystem, Result
 
-ARMS = ("latent", "text", "both", "solo", "none", "zero", "shuffled", "random-link")
+ARMS = ("latent", "text", "both", "solo", "none", "zero", "shuffled", "random-link", "no-feedback")
 CONTROLS = ("none", "zero", "shuffled", "random-link")
 COUNTS = ("generated_tokens", "prompt_tokens", "latent_steps", "positions")
 
@@ -95,9 +96,33 @@ class EvalLog:
             "score": getattr(self.task.scorer, "__name__", "score"),
             "optimum": {str(rounds): value for rounds, value in (self.task.optimum or {}).items()},
             "arms": [self._arm(arm) for arm in self.answers],
+            "groups": self.groups(),
             "comparisons": [self._compare(a, b) for a, b in self.pairs()],
             "settings": self.settings,
         }
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Accuracy of each arm by the values of the metadata that the task is grouped by."""
+        key = self.task.group_by
+        if key is None:
+            return []
+        values = {sample.id: sample.metadata.get(key) for sample in self.task.samples}
+        found = []
+        for value in sorted(set(values.values()), key=lambda each: (str(type(each)), each)):
+            for arm, answers in self.answers.items():
+                score = mean([answer.score for answer in answers if values[answer.id] == value])
+                found.append(
+                    {
+                        "arm": arm.name,
+                        "variant": arm.variant,
+                        "rounds": arm.rounds,
+                        key: value,
+                        "n": score.n,
+                        "accuracy": score.value,
+                        "stderr": _number(score.stderr),
+                    }
+                )
+        return found
 
     def pairs(self) -> list[tuple[Arm, Arm]]:
         """Which arms are compared: the latent one with every other of the same rounds, and with the solo arm."""
@@ -112,7 +137,7 @@ class EvalLog:
     def _arm(self, arm: Arm) -> dict[str, Any]:
         answers = self.answers[arm]
         score = mean([answer.score for answer in answers])
-        is_latent = arm.name in ("latent", "both", "zero", "shuffled", "random-link")
+        is_latent = arm.name not in ("text", "solo", "none")
         return {
             "arm": arm.name,
             "variant": arm.variant,
@@ -226,7 +251,10 @@ def _runner(
 ) -> Runner:
     players = {"solo": system.solo, "random-link": lambda: system.with_random_links(seed)}
     player = players.get(arm.name, lambda: system)()
-    channel = arm.name if arm.name in ("text", "both", "none") else "latent"
+    channel: str | dict[str, str] = arm.name if arm.name in ("text", "both", "none") else "latent"
+    if arm.name == "no-feedback":
+        edges = system.pattern.graph
+        channel = {str(edge): "none" if system.pattern.is_feedback(edge) else "latent" for edge in edges}
 
     def run(samples: Sequence[Sample]) -> list[Result]:
         results: list[Result] = player.run(

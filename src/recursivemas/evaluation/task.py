@@ -34,7 +34,18 @@ class Task:
     instructions: str = ""
     optimum: Mapping[int, float] | None = None
     """By rounds, the best score that any system can reach; None where it is not known."""
+    group_by: str | None = None
+    """A key of the samples' metadata by whose values accuracy is reported, too."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group_by is not None:
+            for sample in self.samples:
+                if self.group_by not in sample.metadata:
+                    raise InputError(
+                        f"cannot group by '{self.group_by}': sample {sample.id} has "
+                        f"{', '.join(sample.metadata) or 'no metadata'}"
+                    )
 
 
 def load_samples(

@@ -11,6 +11,7 @@ start at random hardly ever leave chance. Knows one edge at a time.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from recursivemas.agents import Agent
 from recursivemas.errors import InputError
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
@@ -35,6 +35,8 @@ class AlignmentSettings(LoopSettings):
     num_train_steps: int = Field(default=2000, ge=1)
     num_samples: int = Field(default=2048, ge=1)
     """Turns of each sender whose states are computed once and trained on."""
+    num_tokens: int | None = Field(default=None, ge=1)
+    """Only the first so many tokens of each text; by default all of them."""
     batch_size: int = Field(default=512, ge=1)
     """Token positions of each step."""
     ridge: float = Field(default=1e-3, gt=0)
@@ -60,28 +62,35 @@ def embeddings_of_spans(reader: LanguageModel, text: str, spans: Sequence[Span])
     return torch.stack([embeds[places].mean(dim=0) if places else nothing for places in chosen])
 
 
+@dataclass(frozen=True)
+class AlignmentPairs:
+    """States of a sender, and how the reader embeds the words that they predict."""
+
+    states: Float[Tensor, "pair source_size"]
+    targets: Float[Tensor, "pair target_size"]
+
+
 def alignment_pairs(
-    sender: Agent, reader: LanguageModel, turns: Sequence[EncodedTurn], *, through_inner_link: bool = True
-) -> tuple[Float[Tensor, "pair source_size"], Float[Tensor, "pair target_size"]]:
-    """What the link of an edge is given, and what it should return, for every token of every turn of the sender.
+    sender: LanguageModel, reader: LanguageModel, turns: Sequence[EncodedTurn], *, num_tokens: int | None = None
+) -> AlignmentPairs:
+    """The pairs of every token of every turn of the sender, or of the first `num_tokens` of each.
 
     Tokens for which the reader has no words (blanks, as a rule) are left out. Raises `InputError` if none is left.
     """
-    pairs = collect_pairs(sender.model, turns, with_end=False)
+    pairs = collect_pairs(sender, turns, with_end=False)
     known: dict[str, Tensor] = {}
     for turn in turns:
         if turn.target not in known:
-            known[turn.target] = embeddings_of_spans(reader, turn.target, sender.model.spans(turn.target)[1])
+            known[turn.target] = embeddings_of_spans(reader, turn.target, sender.spans(turn.target)[1])
     targets = torch.stack(
         [known[turns[turn].target][place] for turn, place in zip(pairs.turn_of, pairs.place_of, strict=True)]
     )
     kept = targets.isfinite().all(dim=-1)
+    if num_tokens is not None:
+        kept &= torch.tensor(pairs.place_of) < num_tokens
     if not bool(kept.any()):
         raise InputError("the reader has no words for anything that the sender writes; are these texts empty?")
-    states = pairs.states[kept].to(sender.model.device)
-    with torch.no_grad():
-        features = sender.inner_link(states) if through_inner_link else states
-    return features, targets[kept].to(sender.model.device)
+    return AlignmentPairs(pairs.states[kept].to(sender.device), targets[kept].to(sender.device))
 
 
 @torch.no_grad()

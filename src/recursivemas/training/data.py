@@ -28,6 +28,19 @@ class RoleSample:
     solo: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question with what the answering role should write in the end."""
+
+    id: str
+    text: str
+    answer: str
+    rounds: int = 1
+    """Rounds that the answer takes: before, it cannot be known, and nothing can be learnt from it."""
+    posterior: Mapping[str, float] = field(default_factory=dict)
+    """Where it is known: the probability of everything that may be written, given all that can be known."""
+
+
 @dataclass(frozen=True)
 class EncodedTurn:
     """A `RoleSample` as tokens of the model that plays the role."""
@@ -36,6 +49,20 @@ class EncodedTurn:
     target_ids: list[int]
     """Without the token that ends a reply."""
     target: str
+
+
+def check_disjoint(splits: Mapping[str, Sequence[Question]]) -> None:
+    """Raise `InputError` if a question is in two splits: what was trained on, or chosen by, cannot judge any more."""
+    owner: dict[str, str] = {}
+    for name, questions in splits.items():
+        shared = [question for question in questions if owner.get(question.text, name) != name]
+        if shared:
+            other = owner[shared[0].text]
+            raise InputError(
+                f"{len(shared)} of {len(questions)} {name} questions are {other} questions, too (the first is "
+                f"{shared[0].id}: '{' '.join(shared[0].text.split())[:60]}'); take them out of one of the two"
+            )
+        owner.update({question.text: name for question in questions})
 
 
 def encode_turns(samples: Sequence[RoleSample], model: LanguageModel, prompts: PromptSet) -> list[EncodedTurn]:

@@ -1,16 +1,20 @@
-"""The training loop: optimizer, schedule, logging, resume. It knows no stage, no model and no data.
+"""The training loop: optimizer, schedule, validation, logging, resume. It knows no stage, no model and no data.
 
 A stage gives the loop its parameters and a function from the number of a step to its loss. Since everything random in
 a step follows from its number, a run that was killed and started again goes on as if nothing had happened: same
-losses, same weights (float32 on a CPU).
+losses, same weights (float32 on a CPU). A stage with a `Validation` ends with the weights that did best on it.
 """
 
 import json
 import math
 import os
+import resource
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,17 +40,56 @@ class LoopSettings(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    max_loss_ratio: float | None = Field(default=None, gt=1)
+    """Stop when the mean loss of ten steps is so many times what it was in the beginning, or a validation less than
+    half of the first: the stage has diverged."""
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=100, ge=1)
     """Steps between saves of the state that a killed run resumes from."""
 
 
+@dataclass(frozen=True)
+class Validation:
+    """When a stage is judged, by what, and when it has gone on for long enough."""
+
+    score: Callable[[], float]
+    """The higher, the better."""
+    every: int
+    """Steps between two validations; one is made before the first step, and one after the last."""
+    patience: int | None = None
+    """The stage ends after so many validations in a row without a better score."""
+
+
+@dataclass
+class Fitted:
+    """How the training of a stage went."""
+
+    losses: list[float] = field(default_factory=list)
+    """Of every step."""
+    scores: dict[int, float] = field(default_factory=dict)
+    """Validation scores by the number of steps done."""
+    stopped: str | None = None
+    """Why the stage ended before its last step."""
+    movement: dict[str, float] = field(default_factory=dict)
+    """How far each parameter went, relative to its own norm at the start of the stage."""
+
+    @property
+    def best_step(self) -> int:
+        """Steps done when the weights were best: those of the first best validation, or the last."""
+        return max(self.scores, key=lambda step: (self.scores[step], -step)) if self.scores else len(self.losses)
+
+
 class RunDirectory:
     """Where a training run keeps its metrics and its state, so that it can be watched and resumed."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Open or create the directory. Raises `ConfigError` if it belongs to a run with other settings."""
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, tensorboard: bool = False) -> None:
+        """Open or create the directory. Raises `ConfigError` if it belongs to a run with other settings.
+
+        With `tensorboard` metrics also go to event files in `PATH/tensorboard`, if TensorBoard is installed.
+        """
         self.path = path
+        self._writers: dict[str, Any] = {}
+        self._tensorboard = tensorboard
         record = path / "config.json"
         text = json.dumps(settings, indent=2, sort_keys=True, default=str)
         try:
@@ -60,7 +103,8 @@ class RunDirectory:
 
     def has(self, stage: str) -> bool:
         """Whether any state of a stage (of whatever link) was saved."""
-        return any((self.path / "state").glob(f"{stage}-*.pt"))
+        place = self.path / "state"
+        return (place / f"{stage}.pt").exists() or any(place.glob(f"{stage}-*.pt"))
 
     def load(self, stage: str) -> dict[str, Any] | None:
         """The saved state of a stage, or None."""
@@ -91,6 +135,24 @@ class RunDirectory:
                 stream.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OutputError(f"cannot write {self.path}/metrics.jsonl: {error}") from None
+        writer = self._writer(record["stage"], record["step"])
+        if writer is not None:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    writer.add_scalar(f"{record['stage']}/{name}", value, record["step"])
+            writer.flush()
+
+    def _writer(self, stage: str, step: int) -> Any:
+        """The event file of a stage; records of an earlier, killed run from this step on are hidden by it."""
+        if self._tensorboard and stage not in self._writers:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:  # an optional dependency (recursivemas[trackers]); metrics.jsonl has it all
+                self._tensorboard = False
+                return None
+            place = self.path / "tensorboard" / _file_name(stage)
+            self._writers[stage] = SummaryWriter(log_dir=str(place), purge_step=step)
+        return self._writers.get(stage)
 
     def forget(self, stage: str, after: int) -> None:
         """Drop the records of a stage after a step: they will be written again."""
@@ -102,7 +164,7 @@ class RunDirectory:
         write_atomically(file, "".join(json.dumps(each) + "\n" for each in kept).encode())
 
     def _state_file(self, stage: str) -> Path:
-        return self.path / "state" / f"{stage.replace('->', '-to-')}.pt"
+        return self.path / "state" / f"{_file_name(stage)}.pt"
 
 
 def fit(
@@ -111,58 +173,208 @@ def fit(
     loss_of_step: Callable[[int], Tensor],
     settings: LoopSettings,
     *,
+    lr_ratios: Mapping[str, float] | None = None,
+    observe: Callable[[int], dict[str, float]] | None = None,
+    validation: Validation | None = None,
     run: RunDirectory | None = None,
     progress: Progress | None = None,
-) -> list[float]:
-    """Train `parameters` in place; return the loss of every step.
+) -> Fitted:
+    """Train `parameters` in place.
 
-    With a `run` the stage resumes where it was left, and returns at once if it was done. Interrupted (Ctrl-C), it
-    saves its state first. Raises `NumericsError` before an update with a loss or gradient that is not finite.
+    `lr_ratios` gives parameters a share of the learning rate of their own. `observe` is called after every backward
+    pass, before gradients are clipped; what it returns is logged. With a `validation` the weights at the end are those
+    that scored best. With a `run` the stage resumes where it was left, and returns at once if it was done; interrupted
+    (Ctrl-C), it saves its state first.
+
+    Raises `NumericsError` before an update with a loss or gradient that is not finite, and when the loss has grown
+    beyond `max_loss_ratio`; the weights are then the best so far, or without a validation those of the step before.
     """
+    job = _Fitting(stage, parameters, settings, lr_ratios or {}, validation, run)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-    )
-    losses = _resume(stage, parameters, optimizer, run)
-    step = len(losses)
-    started, first = time.perf_counter(), step
+    done = job.fitted
+    first, started = len(done.losses), time.perf_counter()
     try:
-        for step in range(len(losses), settings.num_train_steps):
-            lr = learning_rate(step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        if not done.scores:
+            job.validate(progress)
+        job.is_whole = True
+        for step in range(first, settings.num_train_steps if done.stopped is None else first):
             loss = loss_of_step(step)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                raise NumericsError(
-                    f"{stage}: the loss ({loss.item()}) or its gradient (norm {norm.item()}) is not finite at step "
-                    f"{step + 1}; the weights are those of the step before. Lower the learning rate ({settings.lr})"
-                )
-            optimizer.step()
-            losses.append(loss.item())
+            figures = job.update(step, loss, observe)
             is_last = step + 1 == settings.num_train_steps
-            if is_last or (step + 1) % settings.log_every == 0:
-                rate = (step + 1 - first) / (time.perf_counter() - started)
-                figures = {"loss": losses[-1], "grad_norm": norm.item(), "lr": lr, "steps_per_second": round(rate, 2)}
-                if run is not None:
-                    run.log({"stage": stage, "step": step + 1, **figures})
-                if progress is not None:
-                    progress(stage, step + 1, settings.num_train_steps, figures)
-            if run is not None and (is_last or (step + 1) % settings.save_every == 0):
-                run.save(stage, _state(parameters, optimizer, losses))
+            job.judge(is_last, progress)
+            if is_last or done.stopped or (step + 1) % settings.log_every == 0:
+                seconds = (time.perf_counter() - started) / (step + 1 - first)
+                job.record(figures, seconds, progress)
+            if is_last or done.stopped or (step + 1) % settings.save_every == 0:
+                job.save()
+            job.is_whole = True
+            if done.stopped:
+                break
     except KeyboardInterrupt:
-        # Between a step's update and its record there is nothing to interrupt but this: losses count the updates.
-        if run is not None and len(losses) == _updates(optimizer):
-            run.save(stage, _state(parameters, optimizer, losses))
+        if job.is_whole:
+            job.save()
         raise
+    except NumericsError as error:
+        said = str(error)
+        if not said.startswith(stage):
+            said = f"{stage}, step {len(done.losses) + 1}: {said}"
+        raise NumericsError(f"{said} {job.keep_best()}") from None
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-    return losses
+    job.keep_best()
+    done.movement = job.movement()
+    return done
+
+
+_FIRST, _LATEST = 5, 10
+"""Steps whose median loss is the beginning, and steps whose mean loss is compared with it."""
+
+
+class _Fitting:
+    """The state of a stage while it is trained."""
+
+    def __init__(
+        self,
+        stage: str,
+        parameters: Mapping[str, nn.Parameter],
+        settings: LoopSettings,
+        lr_ratios: Mapping[str, float],
+        validation: Validation | None,
+        run: RunDirectory | None,
+    ) -> None:
+        self.stage = stage
+        self.parameters = parameters
+        self.settings = settings
+        self.validation = validation
+        self.run = run
+        self.start = _copied(parameters)
+        self.best: dict[str, Tensor] | None = None
+        self.fitted = Fitted()
+        self.is_whole = False
+        """Whether a state saved now would be one from which an uninterrupted run goes on."""
+        # One group for each learning rate: an optimizer with a group for each parameter would be slow.
+        of_ratio: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            of_ratio.setdefault(lr_ratios.get(name, 1.0), []).append(parameter)
+        groups = [{"params": each, "ratio": ratio} for ratio, each in of_ratio.items()]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        if run is not None:
+            self._resume(run)
+
+    def update(self, step: int, loss: Tensor, observe: Callable[[int], dict[str, float]] | None) -> dict[str, float]:
+        """One step of the optimizer; return what is known of it."""
+        lr = learning_rate(step, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["ratio"]
+        self.optimizer.zero_grad()
+        loss.backward()
+        observed = observe(step) if observe is not None else {}
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        losses = self.fitted.losses
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise NumericsError(
+                f"{self.stage}: the loss ({loss.item()}) or its gradient (norm {norm.item()}) is not finite at step "
+                f"{step + 1}. Lower the learning rate ({self.settings.lr})."
+            )
+        ratio = self.settings.max_loss_ratio or math.inf
+        if len(losses) >= _FIRST + _LATEST and _mean(losses[-_LATEST:]) > ratio * median(losses[:_FIRST]):
+            raise NumericsError(
+                f"{self.stage} has diverged: at step {step + 1} the loss is {_mean(losses[-_LATEST:]):.4g}, and it was "
+                f"{median(losses[:_FIRST]):.4g} in the beginning. Lower the learning rate ({self.settings.lr})."
+            )
+        self.is_whole = False
+        self.optimizer.step()
+        losses.append(loss.item())
+        return {"loss": losses[-1], "grad_norm": norm.item(), "lr": lr, **observed}
+
+    def judge(self, is_last: bool, progress: Progress | None) -> None:
+        """Validate when it is time, and see whether to go on."""
+        if self.validation is None or not (is_last or len(self.fitted.losses) % self.validation.every == 0):
+            return
+        self.validate(progress)
+        scores, best = self.fitted.scores, self.fitted.best_step
+        score = scores[len(self.fitted.losses)]
+        if self.settings.max_loss_ratio is not None and score < scores[0] / 2 and scores[0] > 0.1:
+            # Losses of answers at chance are not much above those of good ones: validation sees it first.
+            raise NumericsError(
+                f"{self.stage} has diverged: after step {len(self.fitted.losses)} the validation is {score:.4f}, less "
+                f"than half of what it was at the start. Lower the learning rate ({self.settings.lr})."
+            )
+        since = sum(step > best for step in scores)
+        if self.validation.patience is not None and since >= self.validation.patience and not is_last:
+            self.fitted.stopped = f"no better validation since step {best}, {since} validations ago"
+
+    def validate(self, progress: Progress | None) -> None:
+        """Score the weights as they are, and keep them if no earlier ones were better."""
+        if self.validation is None:
+            return
+        step = len(self.fitted.losses)
+        score = self.validation.score()
+        if not self.fitted.scores or score > max(self.fitted.scores.values()):
+            self.best = _copied(self.parameters)
+        self.fitted.scores[step] = score
+        if self.run is not None:
+            self.run.log({"stage": self.stage, "step": step, "validation": score})
+        if progress is not None:
+            progress(self.stage, step, self.settings.num_train_steps, {"validation": score})
+
+    def record(self, figures: dict[str, float], seconds: float, progress: Progress | None) -> None:
+        """Log the step that was just made; `seconds` is what a step takes."""
+        step, total = len(self.fitted.losses), self.settings.num_train_steps
+        figures |= {"steps_per_second": float(f"{1 / seconds:.4g}"), "seconds_left": round((total - step) * seconds, 1)}
+        figures |= {"memory_mb": _peak_memory(self.parameters)}
+        figures |= {f"moved/{name}": round(value, 6) for name, value in self.movement().items()}
+        if self.run is not None:
+            self.run.log({"stage": self.stage, "step": step, **figures})
+        if progress is not None:
+            progress(self.stage, step, total, figures)
+
+    def keep_best(self) -> str:
+        """Go back to the best weights; return in words which those are."""
+        if self.best is None:
+            return f"The weights are those after step {len(self.fitted.losses)}."
+        _copy(self.best, self.parameters)
+        step = self.fitted.best_step
+        return f"The weights kept are those after step {step}, the best on validation ({self.fitted.scores[step]:.4f})."
+
+    def movement(self) -> dict[str, float]:
+        """How far each parameter has gone; one that started at zero is compared with where it is."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            start, now = self.start[name], parameter.detach().cpu()
+            size = start.norm().item() or now.norm().item() or 1.0
+            found[name] = (now - start).norm().item() / size
+        return found
+
+    def save(self) -> None:
+        if self.run is not None:
+            self.run.save(
+                self.stage,
+                {
+                    "losses": list(self.fitted.losses),
+                    "scores": dict(self.fitted.scores),
+                    "stopped": self.fitted.stopped,
+                    "parameters": _copied(self.parameters),
+                    "best": self.best,
+                    "optimizer": self.optimizer.state_dict(),
+                },
+            )
+
+    def _resume(self, run: RunDirectory) -> None:
+        state = run.load(self.stage)
+        if state is None:
+            run.forget(self.stage, after=-1)
+            return
+        _copy(state["parameters"], self.parameters)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fitted = Fitted(state["losses"], state["scores"], state["stopped"])
+        self.best = state["best"]
+        run.forget(self.stage, after=len(self.fitted.losses))
 
 
 def learning_rate(step: int, settings: LoopSettings) -> float:
@@ -184,31 +396,30 @@ def write_atomically(file: Path, content: bytes) -> None:
     draft.replace(file)
 
 
-def _state(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]) -> Any:
-    weights = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-    return {"losses": list(losses), "parameters": weights, "optimizer": optimizer.state_dict()}
+def _copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
-def _resume(
-    stage: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, run: RunDirectory | None
-) -> list[float]:
-    state = run.load(stage) if run is not None else None
-    if run is None:
-        return []
-    if state is None:
-        run.forget(stage, after=0)
-        return []
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    losses: list[float] = state["losses"]
-    run.forget(stage, after=len(losses))
-    return losses
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
-def _updates(optimizer: torch.optim.Optimizer) -> int:
-    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _peak_memory(parameters: Mapping[str, nn.Parameter]) -> int:
+    """The most memory used so far, in MiB: of the GPU that holds the parameters, or else of this process."""
+    device = next(iter(parameters.values())).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+def _file_name(stage: str) -> str:
+    return stage.replace("->", "-to-")
 
 
 def _refuse_changes(old: Any, new: Any, path: Path, key: str = "") -> None:

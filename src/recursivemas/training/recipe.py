@@ -2,29 +2,46 @@
 
     inner        each agent's inner link, on its own text (eq. 5)
     alignment    each edge's outer link, on text that its sender writes and its reader reads
+    outer        all links together, from the loss of the answer through the whole recursion (eq. 6)
 
-The turns to train on come as a function, since a recipe does not know the worlds they come from.
+What is trained on comes as functions (`Material`), since a recipe does not know the worlds it comes from.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
+from torch import nn
 
 from recursivemas.config import Config
 from recursivemas.errors import ConfigError, InputError, unknown_name
 from recursivemas.links import DEFAULT_DESIGN
 from recursivemas.patterns import Edge, Pattern
 from recursivemas.system import RecursiveSystem
-from recursivemas.training.alignment import AlignmentSettings, alignment_pairs, train_alignment
-from recursivemas.training.data import EncodedTurn, RoleSample, encode_turns
+from recursivemas.training.alignment import AlignmentPairs, AlignmentSettings, alignment_pairs, train_alignment
+from recursivemas.training.data import EncodedTurn, Question, RoleSample, check_disjoint, encode_turns
 from recursivemas.training.inner import InnerSettings, train_inner
 from recursivemas.training.loop import Progress, RunDirectory
+from recursivemas.training.outer import OuterSettings, check_outer, train_outer
 
-STAGES = ("inner", "alignment")
+STAGES = ("inner", "alignment", "outer")
 
-SamplesOf = Callable[[str, int], list[RoleSample]]
-"""Given a role and a number: that many of its turns, for training."""
+
+@dataclass(frozen=True)
+class Material:
+    """What a system is trained on, and what chooses its checkpoint."""
+
+    turns: Callable[[str, int], list[RoleSample]]
+    """Given a role and a number: that many of its turns, for training."""
+    questions: Callable[[str, int], list[Question]]
+    """Given a split (train, validation) and a number: that many of its questions, with what is to be answered."""
+    score: Callable[[RecursiveSystem, Sequence[Question]], float] | None = None
+    """Scores a system on questions, the higher the better; without it the last weights are kept."""
+    test: Sequence[Question] = ()
+    """Questions that must be in none of these."""
 
 
 class WorldSettings(Config):
@@ -35,30 +52,46 @@ class WorldSettings(Config):
 
 
 class LinkSettings(Config):
-    """The form of the links that are trained."""
+    """The links that are trained."""
 
+    start: Literal["new", "given"] = "new"
+    """Drawn anew in the form below, or those that the system has."""
     design: str = DEFAULT_DESIGN
     bias: bool | None = None
+
+
+class QuestionFiles(Config):
+    """JSON Lines files of the user's own with the columns `question` and `answer`; of no other use is `test`."""
+
+    train: Path
+    validation: Path
+    test: Path | None = None
+    """Given only to make sure that none of its questions is in the other two."""
 
 
 class Recipe(Config):
     """The content of a recipe file (YAML)."""
 
     system: str
-    """Whose agents, pattern and prompts are taken: a bundled system, or a directory. Its links are drawn anew."""
+    """Whose agents, pattern and prompts are taken: a bundled system, or a directory."""
     world: WorldSettings
+    questions: QuestionFiles | None = None
+    """The outer loop's questions from files; by default they come from the world."""
     output: str
     """Directory of the run: metrics, state, and in the end the system."""
     seed: int = 0
     """Draws the links and the batches."""
     num_rounds: int | None = Field(default=None, ge=1)
-    """Settings of the trained system, this one and the next three; by default those of `system`."""
+    """Settings of the trained system, this one and the next four; by default those of `system`."""
     num_latent_steps: int | None = Field(default=None, ge=0)
     max_new_tokens: int | None = Field(default=None, ge=1)
     message: Literal["inner+outer", "outer"] | None = None
+    variant: str | None = None
+    """The wording of the prompts in which links are trained, and the kind of text they are aligned on."""
     links: LinkSettings = LinkSettings()
     inner: InnerSettings = InnerSettings()
     alignment: AlignmentSettings = AlignmentSettings()
+    outer: OuterSettings = OuterSettings()
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of weights on disk."""
 
@@ -74,27 +107,30 @@ def parse_stages(text: str) -> tuple[str, ...]:
     return STAGES if "all" in names else tuple(stage for stage in STAGES if stage in names)
 
 
-def fresh_links(system: RecursiveSystem, recipe: Recipe) -> RecursiveSystem:
-    """The same agents, pattern and prompts, with links drawn anew from the recipe's seed, and its settings."""
-    models = {role: agent.model for role, agent in system.agents.items()}
-    form = recipe.links
-    names = ("num_rounds", "num_latent_steps", "max_new_tokens", "message")
+def starting_system(system: RecursiveSystem, recipe: Recipe) -> RecursiveSystem:
+    """The same agents, pattern and prompts with the recipe's settings and links: drawn from its seed, or as given."""
+    names = ("num_rounds", "num_latent_steps", "max_new_tokens", "message", "variant")
     changed = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
+    settings = system.settings.model_copy(update=changed)
+    if recipe.links.start == "given":
+        return RecursiveSystem(
+            system.agents, system.links, system.pattern, system.prompts, settings, training=system.training
+        )
     return RecursiveSystem.build(
-        agents=models,
+        agents={role: agent.model for role, agent in system.agents.items()},
         pattern=system.pattern,
         prompts=system.prompts,
-        design=form.design,
-        link_options={"bias": form.bias},
+        design=recipe.links.design,
+        link_options={"bias": recipe.links.bias},
         seed=recipe.seed,
-        **{**system.settings.model_dump(), **changed},
+        **settings.model_dump(),
     )
 
 
 def train(
     system: RecursiveSystem,
     recipe: Recipe,
-    samples_of: SamplesOf,
+    material: Material,
     *,
     stages: Sequence[str] = STAGES,
     run: RunDirectory | None = None,
@@ -106,51 +142,136 @@ def train(
     are compared, bit by bit, before and after. Raises `AssertionError` if one of them changed: that would be a fault of
     this package.
     """
-    if run is not None and "inner" in stages and run.has("alignment") and not _is_done(run, system):
-        raise ConfigError(
-            f"{run.path} holds outer links that were aligned to other inner links than would be trained now; train "
-            "both stages in a new directory (--set output=...)"
-        )
+    check_recipe(system, recipe, material, stages)
+    _check_order(system, stages, run)
     fingerprints = {role: agent.model.fingerprint() for role, agent in system.agents.items()}
     reports: dict[str, Any] = {}
-    number = max(recipe.inner.num_samples, recipe.alignment.num_samples)
-    turns: dict[str, list[EncodedTurn]] = {}
-    for role, agent in system.agents.items():
-        # Where the answering role speaks, it does not think: those turns are left out.
-        samples = [each for each in samples_of(role, number) if not _speaks(each, system.pattern)]
-        if not samples:
-            raise InputError(f"there is no turn of the {role} to train on in which it thinks")
-        turns[role] = encode_turns(samples, agent.model, system.prompts)
+    turns = _turns(system, recipe, material)
     if "inner" in stages or _is_begun(run, "inner"):
         for role, agent in system.agents.items():
             chosen = turns[role][: recipe.inner.num_samples]
             reports[f"inner {role}"] = train_inner(
                 agent, chosen, recipe.inner, seed=recipe.seed, run=run, progress=progress
             )
-    if "alignment" in stages or _is_begun(run, "alignment"):
+    aligns = "alignment" in stages or _is_begun(run, "alignment")
+    learns = "outer" in stages or _is_begun(run, "outer")
+    pairs: dict[str, AlignmentPairs] = {}
+    for name in system.links if aligns or (learns and recipe.outer.anchor) else ():
+        edge = Edge.parse(name)
+        pairs[name] = alignment_pairs(
+            system.agents[edge.source].model,
+            system.agents[edge.target].model,
+            turns[edge.source][: recipe.alignment.num_samples],
+            num_tokens=recipe.alignment.num_tokens,
+        )
+    if aligns:
         for name, link in system.links.items():
-            edge = Edge.parse(name)
-            sender, reader = system.agents[edge.source], system.agents[edge.target].model
-            features, targets = alignment_pairs(
-                sender,
-                reader,
-                turns[edge.source][: recipe.alignment.num_samples],
-                through_inner_link=system.settings.message == "inner+outer",
-            )
+            inner = system.agents[Edge.parse(name).source].inner_link
+            with torch.no_grad():
+                states = pairs[name].states
+                features = inner(states) if system.settings.message == "inner+outer" else states
             reports[f"alignment {name}"] = train_alignment(
-                name, link, features, targets, recipe.alignment, seed=recipe.seed, run=run, progress=progress
+                name,
+                link,
+                features,
+                pairs[name].targets,
+                recipe.alignment,
+                seed=recipe.seed,
+                run=run,
+                progress=progress,
             )
+    if learns:
+        reports["outer"] = _train_outer(system, recipe, material, pairs, run, progress)
     for role, agent in system.agents.items():
         assert agent.model.fingerprint() == fingerprints[role], f"the frozen model of the {role} changed in training"
     return reports
 
 
+def check_recipe(system: RecursiveSystem, recipe: Recipe, material: Material, stages: Sequence[str]) -> None:
+    """Find mistakes of the later stages before the first is trained. Raises `ConfigError` or `InputError`."""
+    if "outer" not in stages:
+        return
+    check_outer(system, recipe.outer)
+    splits = {
+        "train": material.questions("train", recipe.outer.num_samples),
+        "validation": material.questions("validation", recipe.outer.num_validation),
+        "test": material.test,
+    }
+    check_disjoint(splits)
+    if recipe.outer.distillation:
+        for question in splits["train"]:
+            if not question.posterior:
+                raise ConfigError(f"distillation needs a posterior for every question; {question.id} has none")
+
+
+def _check_order(system: RecursiveSystem, stages: Sequence[str], run: RunDirectory | None) -> None:
+    """A stage must not be trained after those that were built on it."""
+    if run is None:
+        return
+    is_done = {
+        "inner": all(run.load(f"inner-{role}") is not None for role in system.agents),
+        "alignment": all(run.load(f"alignment-{edge}") is not None for edge in system.links),
+    }
+    for earlier, later in (("inner", "alignment"), ("inner", "outer"), ("alignment", "outer")):
+        if earlier in stages and run.has(later) and not is_done[earlier]:
+            raise ConfigError(
+                f"{run.path} holds links of the stage {later} that were trained on others than the stage {earlier} "
+                "would make now; train in a new directory (--set output=...)"
+            )
+
+
+def _turns(system: RecursiveSystem, recipe: Recipe, material: Material) -> dict[str, list[EncodedTurn]]:
+    """Turns of every role in which it thinks: where the answering role speaks, it does not, and they are left out."""
+    number = max(recipe.inner.num_samples, recipe.alignment.num_samples)
+    turns: dict[str, list[EncodedTurn]] = {}
+    for role, agent in system.agents.items():
+        samples = [each for each in material.turns(role, number) if not _speaks(each, system.pattern)]
+        if not samples:
+            raise InputError(f"there is no turn of the {role} to train on in which it thinks")
+        turns[role] = encode_turns(samples, agent.model, system.prompts)
+    return turns
+
+
+def _train_outer(
+    system: RecursiveSystem,
+    recipe: Recipe,
+    material: Material,
+    pairs: dict[str, AlignmentPairs],
+    run: RunDirectory | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    settings = recipe.outer
+    questions = material.questions("train", settings.num_samples)
+    held_out = material.questions("validation", settings.num_validation)
+    before = {name: nn.utils.parameters_to_vector(link.parameters()).clone() for name, link in system.all_links.items()}
+    score = material.score
+    fitted = train_outer(
+        system,
+        questions,
+        settings,
+        anchors=pairs if settings.anchor else {},
+        validate=None if score is None else lambda trained: score(trained, held_out),
+        seed=recipe.seed,
+        run=run,
+        progress=progress,
+    )
+    moved = {
+        name: ((nn.utils.parameters_to_vector(link.parameters()) - before[name]).norm() / before[name].norm()).item()
+        for name, link in system.all_links.items()
+    }
+    return {
+        "questions": len(questions),
+        "steps": len(fitted.losses),
+        "best_step": fitted.best_step,
+        "validation": {str(step): value for step, value in fitted.scores.items()},
+        "stopped": fitted.stopped,
+        "moved": moved,
+        "unmoved_tensors": [name for name, distance in fitted.movement.items() if distance == 0],
+    }
+
+
 def _speaks(sample: RoleSample, pattern: Pattern) -> bool:
     return sample.role == pattern.answers and (sample.solo or sample.round == sample.num_rounds)
-
-
-def _is_done(run: RunDirectory, system: RecursiveSystem) -> bool:
-    return all(run.load(f"inner-{role}") is not None for role in system.agents)
 
 
 def _is_begun(run: RunDirectory | None, stage: str) -> bool:

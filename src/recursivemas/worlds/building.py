@@ -1,6 +1,6 @@
 """Building a world: its texts and splits on disk, and its agents, pretrained from nothing.
 
-    DIR/data/{train,validation,test}.jsonl    questions with targets and exact posteriors
+    DIR/data/{train,validation,test}.jsonl    questions with targets, and what is known about them
     DIR/data/turns-ROLE.jsonl                 a sample of the text each agent is made of
     DIR/training/ROLE/                        metrics and state of its pretraining; a stopped build goes on from there
     DIR/system/                               the agents as a system, with links that are drawn but not trained

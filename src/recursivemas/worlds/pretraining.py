@@ -1,21 +1,22 @@
 """How a tiny agent is made from nothing: its recipe, and the training on its own text.
 
-Worlds bring the text and the tokenizers; what is common to all of them stands here. Knows nothing of links or systems.
+A world brings the text and the tokenizers; what is common to all worlds stands here. Knows nothing of links or systems.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
 
 from recursivemas.models import LanguageModel
 from recursivemas.prompts import PromptSet
-from recursivemas.training.data import EncodedTurn, RoleSample, encode_turns
+from recursivemas.training.data import EncodedTurn, encode_turns
 from recursivemas.training.loop import LoopSettings, Progress, RunDirectory, fit
+from recursivemas.worlds import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,23 @@ class ChatMarkers:
             f"{{% else %}}{self.user}{{{{ message['content'] }}}}{{% endif %}}{{% endfor %}}"
             f"{{% if add_generation_prompt %}}{self.assistant}{{% endif %}}"
         )
+
+
+def small_config(model_type: str, hidden_size: int, num_hidden_layers: int = 2) -> dict[str, Any]:
+    """A model configuration of the size these worlds need."""
+    num_heads = 4
+    config = {
+        "model_type": model_type,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_heads // 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+    }
+    return config | ({"head_dim": hidden_size // num_heads} if model_type == "qwen3" else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +78,16 @@ class AgentRecipe:
 
 
 def pretrain(
-    role: str,
-    recipe: AgentRecipe,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: PromptSet,
-    batch_of_step: Callable[[int], list[RoleSample]],
-    *,
-    run: RunDirectory | None = None,
-    progress: Progress | None = None,
+    world: World, role: str, *, run: RunDirectory | None = None, progress: Progress | None = None
 ) -> LanguageModel:
-    """Train an agent from random weights on its own text, and return it frozen.
+    """Train the agent of a role from random weights on its own text, and return it frozen.
 
     Every step: a batch of turns, each a prompt and what to write; cross-entropy of what is written (its end included),
-    averaged over all its tokens.
+    averaged over all its tokens. The seeds of the recipe and of the world decide weights and text.
     """
-    model = LanguageModel.from_config(recipe.config, tokenizer, seed=recipe.seed)
+    recipe = world.agent_recipes[role]
+    prompts = PromptSet.load(world.prompts)
+    model = LanguageModel.from_config(recipe.config, world.tokenizer(role), seed=recipe.seed + world.seed)
     settings = LoopSettings(
         num_train_steps=recipe.num_train_steps,
         lr=recipe.lr,
@@ -88,7 +101,9 @@ def pretrain(
     )
 
     def loss_of_step(step: int) -> Tensor:
-        return reply_loss(model, encode_turns(batch_of_step(step), model, prompts))
+        rng = np.random.default_rng([recipe.seed, world.seed, world.roles.index(role), step])
+        batch = world.pretraining_batch(role, rng, recipe.batch_size)
+        return reply_loss(model, encode_turns(batch, model, prompts))
 
     parameters = dict(model.network.named_parameters())
     fit(f"pretraining-{role}", parameters, loss_of_step, settings, run=run, progress=progress)

@@ -13,13 +13,23 @@ from transformers import PreTrainedTokenizerFast
 from recursivemas.errors import ConfigError, unknown_name
 from recursivemas.evaluation.task import Sample
 from recursivemas.models import LanguageModel
-from recursivemas.prompts import PromptSet
 from recursivemas.training.data import RoleSample
 from recursivemas.training.loop import Progress, RunDirectory
 from recursivemas.worlds.pretraining import AgentRecipe, pretrain
+from recursivemas.worlds.tokenizers import build_tokenizer
 from recursivemas.worlds.ward import curriculum
-from recursivemas.worlds.ward.agents import AGENT_RECIPES, build_tokenizer
-from recursivemas.worlds.ward.cases import DISEASES, FINDINGS, NUM_ROUNDS, ROLES, VARIANTS, Cases, CaseWorld, case_text
+from recursivemas.worlds.ward.agents import AGENT_RECIPES
+from recursivemas.worlds.ward.cases import (
+    DISEASES,
+    FINDINGS,
+    NUM_ROUNDS,
+    ROLES,
+    VARIANTS,
+    Cases,
+    CaseWorld,
+    case_text,
+    vocabulary,
+)
 
 __all__ = ["CaseWorld", "Ward"]
 
@@ -34,11 +44,12 @@ class Ward:
     roles: tuple[str, ...] = ROLES
     pattern = "sequential"
     prompts = "ward"
+    scorer = "posterior"
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         # A short note is four tokens: a disease, the exposure, the stage, a full stop.
-        self.settings = {"num_rounds": NUM_ROUNDS, "num_latent_steps": 4, "max_new_tokens": 24}
+        self.settings = {"num_rounds": NUM_ROUNDS, "num_latent_steps": 3, "max_new_tokens": 24}
         self.cases = CaseWorld(seed)
         self.agent_recipes: dict[str, AgentRecipe] = dict(AGENT_RECIPES)
         self._tokenizers: dict[str, PreTrainedTokenizerFast] = {}
@@ -70,6 +81,10 @@ class Ward:
         """Mean probability, given all evidence, of the best choice that `num_rounds` rounds allow."""
         return float(np.mean([sample.metadata["optimum"][min(num_rounds, NUM_ROUNDS)] for sample in samples]))
 
+    def answer_text(self, target: str) -> str:
+        """What the solver writes for a diagnosis."""
+        return f"{target}."
+
     def role_samples(
         self, split: str, num_samples: int, seed: int, *, role: str, variant: str = "short"
     ) -> list[RoleSample]:
@@ -84,6 +99,18 @@ class Ward:
         rng = self._rng("turns", split, role, seed)
         return curriculum.loop_turns(self.cases, rng, num_samples, split=split, role=role, variant=variant)
 
+    def conversations(
+        self, split: str, num_samples: int, seed: int, *, variant: str = "short"
+    ) -> list[list[RoleSample]]:
+        """Whole loops, turn by turn, as faultless agents would play them with notes of this kind.
+
+        Raises `ConfigError` for an unknown split or variant.
+        """
+        if variant not in VARIANTS:
+            raise ConfigError(unknown_name("variant", variant, VARIANTS))
+        rng = self._rng("conversations", split, "", seed)
+        return curriculum.conversations(self.cases, rng, num_samples, split=split, variant=variant)
+
     def pretraining_batch(self, role: str, rng: np.random.Generator, size: int) -> list[RoleSample]:
         """A batch of an agent's own text; the planner's drills come in batches of their own, twice as large."""
         if rng.random() < self.agent_recipes[role].drill_share:
@@ -94,21 +121,15 @@ class Ward:
         self, role: str, *, run: RunDirectory | None = None, progress: Progress | None = None
     ) -> LanguageModel:
         """Make one agent by its recipe (minutes on a CPU); the same seeds make the same agent."""
-
-        def batch_of_step(step: int) -> list[RoleSample]:
-            rng = np.random.default_rng([recipe.seed, self.seed, ROLES.index(role), step])
-            return self.pretraining_batch(role, rng, recipe.batch_size)
-
-        recipe = self.agent_recipes[role]
-        prompts = PromptSet.load(self.name)
-        return pretrain(role, recipe, self.tokenizer(role), prompts, batch_of_step, run=run, progress=progress)
+        return pretrain(self, role, run=run, progress=progress)
 
     def tokenizer(self, role: str) -> PreTrainedTokenizerFast:
         """The tokenizer of one agent, with its chat template."""
         if role not in self._tokenizers:
             recipe = self.agent_recipes[role]
+            words = [*vocabulary(), *curriculum.protocol_words().split()]
             own = [word for f in FINDINGS if f.owner == role for word in f.words]
-            self._tokenizers[role] = build_tokenizer(recipe, emphasis=own)
+            self._tokenizers[role] = build_tokenizer(recipe, words, emphasis=own)
         return self._tokenizers[role]
 
     def _distinct(self, split: str, num_samples: int, seed: int) -> Cases:

@@ -24,7 +24,7 @@ from typing import Literal, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
-from recursivemas.errors import ConfigError, unknown_name
+from recursivemas.worlds.splits import bucket_of, is_in
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -194,24 +194,15 @@ def _latin_square(rng: np.random.Generator) -> Ints:
 
 
 def split_of(values: Ints) -> Ints:
-    """The split every case belongs to, by a hash of all its findings: 0-7 train, 8 validation, 9 test."""
+    """The bucket every case belongs to (see `worlds/splits.py`), by all its findings."""
     code = np.zeros(len(values), dtype=np.uint64)
     for column, finding in enumerate(FINDINGS):
         code = code * np.uint64(len(finding.words)) + values[:, column].astype(np.uint64)
-    code = (code + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-    code = (code ^ (code >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((code ^ (code >> np.uint64(31))) % np.uint64(10)).astype(np.int64)
+    return bucket_of(code)
 
 
 def in_split(values: Ints, split: str) -> NDArray[np.bool_]:
-    bucket = split_of(values)
-    if split == "train":
-        return bucket < 8
-    if split == "validation":
-        return bucket == 8
-    if split == "test":
-        return bucket == 9
-    raise ConfigError(unknown_name("split", split, ("train", "validation", "test")))
+    return is_in(split_of(values), split)
 
 
 class CaseWorld:

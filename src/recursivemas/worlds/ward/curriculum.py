@@ -6,7 +6,7 @@ of the diagnosis is a *sample* from what the agent can know at that point - the 
 exactly that - so a frozen agent is calibrated, and the state from which it writes the name carries the whole belief.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, SupportsIndex
 
 import numpy as np
@@ -52,6 +52,9 @@ so the solver writes more graded notes than short ones."""
 ROUND_SHARES = {"planner": (0.2, 0.4, 0.4), "critic": (0.5, 0.25, 0.25), "solver": (0.6, 0.2, 0.2)}
 """Share of each round in pretraining; a role sees more of the rounds in which it has something of its own to add."""
 
+LAST_TURN = len(ROLES) * NUM_ROUNDS - 1
+"""The turn in which the solver answers, counted from 0."""
+
 OWN_COLUMNS = {role: np.array([finding.owner == role for finding in FINDINGS]) for role in ROLES}
 
 
@@ -71,23 +74,40 @@ def loop_turns(
     samples = []
     for row, round_ in enumerate(rounds.tolist()):
         turn = len(ROLES) * (round_ - 1) + ROLES.index(role)
-        received = notes[turn - 1].text(row, variant) if turn else ""
-        if role == "solver" and round_ == NUM_ROUNDS:
+        if turn == LAST_TURN:
             target = answer_text(cases.disease[row])
         else:
             target = _reply(notes[turn], row, variant, cases.disease[row])
-        samples.append(
-            RoleSample(
-                role=role,
-                question=case_text(cases.values[row]),
-                target=target,
-                round=round_,
-                num_rounds=NUM_ROUNDS,
-                messages={SENDER[role]: received},
-                variant=variant,
-            )
-        )
+        samples.append(_loop_turn(cases, notes, row, turn, variant, target))
     return samples
+
+
+def conversations(
+    world: CaseWorld, rng: np.random.Generator, num_samples: int, *, split: str, variant: Variant
+) -> list[list[RoleSample]]:
+    """All turns of the three-round loop, by the book: the likeliest disease in every note and in the answer."""
+    cases = world.draw(rng, num_samples, split=split)
+    notes = world.protocol(cases, variant)
+    loops = []
+    for row in range(num_samples):
+        targets = [note.text(row, variant) for note in notes[:LAST_TURN]]
+        targets.append(answer_text(notes[LAST_TURN].top[row, 0]))
+        loops.append([_loop_turn(cases, notes, row, turn, variant, text) for turn, text in enumerate(targets)])
+    return loops
+
+
+def _loop_turn(cases: Cases, notes: Sequence[Notes], row: int, turn: int, variant: Variant, target: str) -> RoleSample:
+    """One turn of the loop: the case as it is, the note of the turn before, and what to write."""
+    round_, seat = divmod(turn, len(ROLES))
+    return RoleSample(
+        role=ROLES[seat],
+        question=case_text(cases.values[row]),
+        target=target,
+        round=round_ + 1,
+        num_rounds=NUM_ROUNDS,
+        messages={SENDER[ROLES[seat]]: notes[turn - 1].text(row, variant) if turn else ""},
+        variant=variant,
+    )
 
 
 def _reply(note: Notes, row: int, variant: Variant, disease: SupportsIndex) -> str:

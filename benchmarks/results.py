@@ -1,0 +1,550 @@
+"""Trains and evaluates everything that docs/results.md reports, and writes its tables and figures.
+
+    python benchmarks/results.py                   all of it, on two cores: hours; stopped, it goes on where it was
+    python benchmarks/results.py ward relay        only what concerns some worlds
+    python benchmarks/results.py --only write      write docs/results.md anew from what is there
+    python benchmarks/results.py --only time       speed, one evaluation after the other; let nothing else run
+
+Every run is made by the command that a reader would type; it is printed, and kept beside its result in
+runs/results/NAME/command.txt. A run is an *aligned* system (inner links and alignment, shared by all runs with the same
+links) and an outer loop that starts from it. Tables stand between markers in docs/results.md; the text around them is
+written by hand.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+from recursivemas.evaluation.metrics import mean, paired_difference
+
+PLACE = Path("runs/results")
+DOCUMENT = Path("docs/results.md")
+FIGURES = Path("docs/figures")
+NUM_QUESTIONS = 4000
+EVERY_ARM = "latent,text,solo,none,zero,shuffled,random-link,no-feedback"
+LINK_ARMS = "latent,zero,shuffled,no-feedback"
+DESIGNS = ("1-layer", "res-1-layer", "2-layer", "res-2-layer", "ln-res-2-layer")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained system and how it is evaluated."""
+
+    world: str
+    name: str
+    links: tuple[str, ...] = ()
+    """Settings that the stages inner and alignment see as well."""
+    outer: tuple[str, ...] = ()
+    """Settings of the outer loop alone."""
+    stage: str = "all"
+    """`aligned`: there is no outer loop."""
+    of: str = ""
+    """The run whose trained system is evaluated, if it is another's."""
+    arms: str = "latent"
+    rounds: str = "1,2,3"
+
+    @property
+    def place(self) -> Path:
+        return PLACE / self.world / self.name
+
+    @property
+    def aligned(self) -> Path:
+        """Where the links stand before the outer loop; runs that differ in the outer loop only share it."""
+        return PLACE / self.world / ("aligned" + "".join(f" {each}" for each in self.links)).replace("/", "-")
+
+    def commands(self) -> list[list[str]]:
+        """What is to be typed, in order; a command whose result is there is left out."""
+        recipe = ["recursivemas", "train", f"recipes/{self.world}.yaml"]
+        aligned, trained = self.aligned / "system", PLACE / self.world / (self.of or self.name) / "system"
+        found = []
+        if not aligned.exists():
+            settings = [*self.links, f"output={self.aligned}", "save_dtype=float32"]
+            found.append([*recipe, "--stage", "inner,alignment", *_set(settings)])
+        if self.stage == "aligned":
+            trained = aligned
+        elif not trained.exists():
+            links = [each for each in self.links if not each.startswith("system=")]
+            settings = [*links, *self.outer, f"system={aligned}", "links.start=given", f"output={self.place}"]
+            found.append([*recipe, "--stage", "outer", *_set(settings)])
+        if not (self.place / "eval" / "report.json").exists():
+            grouped = ["--by", "hops"] if self.world == "relay" else []
+            asked = ["--task", self.world, "-n", str(NUM_QUESTIONS), "--batch-size", "250", *grouped]
+            chosen = ["--arms", self.arms, "--rounds", self.rounds, "--out", f"{self.place}/eval"]
+            found.append(["recursivemas", "eval", str(trained), *asked, *chosen])
+        return found
+
+
+def _set(settings: Sequence[str]) -> list[str]:
+    return [part for each in settings for part in ("--set", each)]
+
+
+def _design(name: str) -> tuple[str, ...]:
+    return (f"links.design={name}",) if name != "res-2-layer" else ()
+
+
+def _phase(num_rounds: int, num_train_steps: int) -> str:
+    return f"{{num_rounds: {num_rounds}, num_train_steps: {num_train_steps}}}"
+
+
+RUNS = [
+    *(
+        run
+        for world in ("ward", "relay")
+        for run in (
+            Run(world, "seed 0", arms=EVERY_ARM),
+            # Text, and whatever else does not know the links, answers as it does beside seed 0.
+            Run(world, "seed 1", ("seed=1",), arms=LINK_ARMS),
+            Run(world, "seed 2", ("seed=2",), arms=LINK_ARMS),
+        )
+    ),
+    *(Run(world, "aligned only", stage="aligned") for world in ("ward", "relay")),
+    *(
+        Run(world, "drawn anew", ("world.seed=1", f"system=runs/worlds/{world}-1/system"), arms=EVERY_ARM)
+        for world in ("ward", "relay")
+    ),
+    *(Run(world, f"design {name}", _design(name)) for world in ("ward", "relay") for name in DESIGNS if _design(name)),
+    *(
+        Run(world, f"design {name}, aligned only", _design(name), stage="aligned")
+        for world in ("ward", "relay")
+        for name in DESIGNS
+        if _design(name)
+    ),
+    *(Run("ward", f"{m} steps", (f"num_latent_steps={m}", f"alignment.num_tokens={m}")) for m in (1, 2, 4)),
+    Run("ward", "9 steps, graded", ("num_latent_steps=9", "variant=graded")),
+    *(
+        Run("ward", f"trained on {n}", outer=(f"outer.num_rounds={n}",), rounds="1,2,3,4")
+        for n in (1, 2, 4)
+    ),
+    Run("ward", "trained on 3", of="seed 0", rounds="1,2,3,4"),
+    Run("ward", "message outer", ("message=outer",)),
+    Run("ward", "outer links alone", outer=("outer.trained=outer",)),
+    Run("ward", "teacher", outer=("outer.latent_source=teacher",)),
+    Run("ward", "every round", outer=("outer.anchor=0",)),
+    Run("ward", "last round, anchor", outer=("outer.round_weights=last",)),
+    Run("ward", "last round", outer=("outer.round_weights=last", "outer.anchor=0")),
+    Run("ward", "distillation", outer=("outer.distillation=1",)),
+    Run("ward", "curriculum", outer=(f"outer.curriculum=[{_phase(1, 100)}, {_phase(2, 100)}]",)),
+    Run("relay", "every round", outer=("outer.round_weights=every",)),
+]  # fmt: skip
+
+
+class Shop:
+    """Makes runs, several at a time; what two runs share is made once."""
+
+    def __init__(self) -> None:
+        self._locks: dict[Path, Lock] = {}
+        self._lock = Lock()
+
+    def make(self, run: Run) -> None:
+        with self._lock:
+            own = self._locks.setdefault(run.aligned, Lock())
+        with own:  # one run at a time aligns; the others find it done
+            if not (run.aligned / "system").exists():
+                _type(run.commands()[0], run.aligned)
+        while commands := run.commands():
+            _type(commands[0], run.place)
+
+
+def _type(command: list[str], place: Path) -> None:
+    line = shlex.join(command)
+    print(line, flush=True)
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / "command.txt").open("a") as stream:
+        stream.write(line + "\n")
+    executable = Path(sys.executable).with_name(command[0])
+    done = subprocess.run(
+        [str(executable), *command[1:]],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{line}\nfailed: {done.stderr.strip().splitlines()[-1:]}")
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """The report of a run, and its answers for paired comparisons."""
+
+    run: Run
+
+    def __post_init__(self) -> None:
+        self.report: dict[str, Any] = json.loads((self.run.place / "eval" / "report.json").read_text())
+        self.scores: dict[str, dict[str, float]] = {}
+        self._read_scores(self.run.place)
+        if self.run.arms == LINK_ARMS:
+            known = set(self.labels())
+            first = json.loads((PLACE / self.run.world / "seed 0" / "eval" / "report.json").read_text())
+            self.report["arms"] += [arm for arm in first["arms"] if _label(arm) not in known]
+            self._read_scores(PLACE / self.run.world / "seed 0")
+
+    def _read_scores(self, place: Path) -> None:
+        for line in (place / "eval" / "answers.jsonl").read_text().splitlines()[1:]:
+            answer = json.loads(line)
+            if answer["id"] not in self.scores.get(answer["arm"], {}):
+                self.scores.setdefault(answer["arm"], {})[answer["id"]] = answer["score"]
+
+    def arm(self, label: str, rounds: int) -> dict[str, Any]:
+        arms = self.report["arms"]
+        return next(each for each in arms if (_label(each), each["rounds"]) == (label, rounds))
+
+    def labels(self) -> list[str]:
+        return list(
+            dict.fromkeys(arm["arm"] + (f"/{arm['variant']}" if arm["variant"] else "") for arm in self.report["arms"])
+        )
+
+    def difference(self, a: str, b: str) -> Any:
+        ids = sorted(self.scores[a])
+        return paired_difference([self.scores[a][each] for each in ids], [self.scores[b][each] for each in ids])
+
+    def has(self, label: str, rounds: int) -> bool:
+        return f"{label} r={rounds}" in self.scores
+
+
+def outcome(world: str, name: str) -> Outcome | None:
+    """What came out of a run; None if it has not been made."""
+    run = next(each for each in RUNS if (each.world, each.name) == (world, name))
+    return Outcome(run) if (run.place / "eval" / "report.json").exists() else None
+
+
+def _label(arm: dict[str, Any]) -> str:
+    return arm["arm"] if arm["variant"] is None else f"{arm['arm']}/{arm['variant']}"
+
+
+def score(value: float, stderr: float | None = None) -> str:
+    text = f"{value:.3f}".replace("0.", ".", 1)
+    return text if stderr is None else f"{text} ± {f'{stderr:.3f}'.replace('0.', '.', 1)}"
+
+
+def signed(difference: Any) -> str:
+    return f"{difference.value:+.3f} ± {difference.stderr:.3f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_rounds(found: Outcome | None, rounds: Sequence[int] = (1, 2, 3), label: str = "latent") -> list[str]:
+    if found is None:
+        return ["–"] * len(rounds)
+    arms = [found.arm(label, each) for each in rounds]
+    return [score(arm["accuracy"], arm["stderr"]) for arm in arms]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def main_table(world: str) -> str:
+    """Every arm of the shipped system."""
+    found = outcome(world, "seed 0")
+    if found is None:
+        return "not made yet"
+    rows = []
+    for label in found.labels():
+        arms = [found.arm(label, each) if found.has(label, each) else None for each in (1, 2, 3)]
+        cells = ["" if arm is None else score(arm["accuracy"], arm["stderr"]) for arm in arms]
+        last = next(arm for arm in reversed(arms) if arm is not None)
+        rows.append([label, *cells, f"{last['generated_tokens']:.1f}", f"{last['latent_steps_total']:.0f}"])
+    optimum = [score(found.report["optimum"][str(each)]) for each in (1, 2, 3)]
+    rows.append(["*optimum*", *optimum, "", ""])
+    return table(["arm", "r = 1", "r = 2", "r = 3", "generated tokens", "latent steps"], rows)
+
+
+def seeds_table(world: str) -> str:
+    """The claims, for every link seed and for another world with other agents."""
+    rows = []
+    for name in ("seed 0", "seed 1", "seed 2", "drawn anew"):
+        found = outcome(world, name)
+        if found is None:
+            rows.append([name, *["–"] * 9])
+            continue
+        texts = [label for label in found.labels() if label.startswith("text")]
+        best = max(texts, key=lambda label: found.arm(label, 3)["accuracy"])
+        against = found.difference("latent r=3", f"{best} r=3")
+        rises = [found.difference(f"latent r={b}", f"latent r={a}") for a, b in ((1, 2), (2, 3))]
+        optimum = {int(rounds): value for rounds, value in found.report["optimum"].items()}
+        way = (found.arm("latent", 3)["accuracy"] - optimum[1]) / (optimum[3] - optimum[1])
+        solo = found.arm("solo", 1)["accuracy"]
+        worst = max(found.arm(each, 3)["accuracy"] - solo for each in ("none", "zero", "shuffled"))
+        cut = [found.arm("no-feedback", each)["accuracy"] - found.arm("latent", 1)["accuracy"] for each in (2, 3)]
+        rows.append(
+            [
+                name,
+                *[score(found.arm("latent", each)["accuracy"]) for each in (1, 2, 3)],
+                " / ".join(map(signed, rises)),
+                f"{score(found.arm(best, 3)['accuracy'])} ({best.removeprefix('text/')})",
+                f"{signed(against)}, p {'< .001' if against.p_value < 0.001 else f'= {against.p_value:.3f}'}",
+                f"{100 * way:.0f} %",
+                f"{worst:+.3f}",
+                f"{max(cut):+.3f}",
+            ]
+        )
+    header = ["", "r = 1", "r = 2", "r = 3", "gain of round 2 / 3", "best text, r = 3", "latent − best text"]
+    return table([*header, "of the way", "controls − solo", "no feedback − r = 1"], rows)
+
+
+def hops_table(name: str = "seed 0") -> str:
+    """relay: accuracy by the number of hops, and within the hops that r rounds allow."""
+    found = outcome("relay", name)
+    if found is None:
+        return "not made yet"
+    rows = []
+    for label in ("latent", "text/short", "text/full"):
+        for rounds in (1, 2, 3):
+            groups = found.report["groups"]
+            own = [each for each in groups if (_label(each), each["rounds"]) == (label, rounds)]
+            within = [each for each in own if each["hops"] <= 3 * rounds]
+            share = sum(each["accuracy"] * each["n"] for each in within) / sum(each["n"] for each in within)
+            rows.append([label, str(rounds), *[score(each["accuracy"])[:4] for each in own], score(share)])
+    return table(["arm", "rounds", *[f"{hops}" for hops in range(1, 10)], "within reach"], rows)
+
+
+def compare_table(world: str, rows: Sequence[tuple[str, str]], rounds: Sequence[int] = (1, 2, 3)) -> str:
+    header = ["", *[f"r = {each}" for each in rounds]]
+    return table(header, [[label, *by_rounds(outcome(world, name), rounds)] for label, name in rows])
+
+
+def designs_table(world: str) -> str:
+    rows = []
+    for design in DESIGNS:
+        is_default = design == "res-2-layer"
+        before = outcome(world, "aligned only" if is_default else f"design {design}, aligned only")
+        after = outcome(world, "seed 0" if is_default else f"design {design}")
+        rows.append([design, *by_rounds(before), *by_rounds(after)])
+    return table(["design", *[f"aligned, r = {r}" for r in (1, 2, 3)], *[f"trained, r = {r}" for r in (1, 2, 3)]], rows)
+
+
+def grid_table(world: str) -> str:
+    found = {n: outcome(world, f"trained on {n}") for n in (1, 2, 3, 4)}
+    if None in found.values():
+        return "not made yet"
+    draw_grid(world, {n: each for n, each in found.items() if each is not None})
+    rows = [[f"trained on {n}", *by_rounds(each, (1, 2, 3, 4))] for n, each in found.items()]
+    caption = f"\n\n![training rounds against inference rounds in {world}](figures/rounds-{world}.svg)"
+    return table(["", *[f"run with {each}" for each in (1, 2, 3, 4)]], rows) + caption
+
+
+def gradients_table(world: str) -> str:
+    """Median gradient of a sample at each message, at the end of training, by what is supervised."""
+    kinds = {
+        "every round, anchor": "seed 0", "every round": "every round",
+        "last round, anchor": "last round, anchor", "last round": "last round",
+    }  # fmt: skip
+    curves = {label: _gradients(world, name) for label, name in kinds.items() if outcome(world, name) is not None}
+    if not curves:
+        return "not made yet"
+    draw_gradients(world, curves)
+    places = list(next(iter(curves.values())))
+    rows = []
+    for label, curve in curves.items():
+        cells = [f"{sorted(values)[len(values) // 2]:.1e}" for values in (curve[place][-10:] for place in places)]
+        rows.append([label, *cells, *by_rounds(outcome(world, kinds[label]))])
+    header = ["supervised", *[f"{edge}, r = {r}" for edge, r in places], *[f"accuracy, r = {r}" for r in (1, 2, 3)]]
+    return table(header, rows) + f"\n\n![gradients at messages in {world}](figures/gradients-{world}.svg)"
+
+
+def _gradients(world: str, name: str) -> dict[tuple[str, int], list[float]]:
+    found: dict[tuple[str, int], list[float]] = {}
+    for line in (PLACE / world / name / "metrics.jsonl").read_text().splitlines():
+        for key, value in json.loads(line).items():
+            match = re.fullmatch(r"gradient/message/(.+)/round (\d)/median", key)
+            if match:
+                found.setdefault((match[1], int(match[2])), []).append(value)
+    return dict(sorted(found.items(), key=lambda item: item[0][1]))
+
+
+def movement_table(world: str) -> str:
+    """How far every link went in the outer loop, relative to its own norm."""
+    rows = []
+    for name in ("seed 0", "seed 1", "seed 2"):
+        place = PLACE / world / name / "system" / "system.json"
+        if place.exists():
+            moved = json.loads(place.read_text())["training"]["stages"]["outer"]["moved"]
+            rows.append([name, *[f"{value:.3f}" for value in moved.values()]])
+            header = ["", *moved]
+    return table(header, rows) if rows else "not made yet"
+
+
+def speed_table() -> str:
+    """Time of an answer at r = 1, 2, 3, over several evaluations made one after the other."""
+    found = [json.loads(each.read_text()) for each in sorted((PLACE / "speed").glob("*/report.json"))]
+    if not found:
+        return "not made yet"
+    rows = []
+    for size in sorted({report["settings"]["batch_size"] for report in found}):
+        reports = [report for report in found if report["settings"]["batch_size"] == size]
+        for label in ("text/short", "text/graded"):
+            variant = label.partition("/")[2]
+            cells = []
+            for rounds in (1, 2, 3):
+                ratios, ours, theirs = [], [], []
+                for report in reports:
+                    arms = {(a["arm"], a["variant"], a["rounds"]): a["seconds_per_question"] for a in report["arms"]}
+                    ours.append(1e3 * arms["latent", None, rounds])
+                    theirs.append(1e3 * arms["text", variant, rounds])
+                    ratios.append(theirs[-1] / ours[-1])
+                middle = mean(ratios)
+                cells.append(
+                    f"{middle.value:.2f} ± {middle.stderr:.2f} ({mean(theirs).value:.2f} / {mean(ours).value:.2f} ms)"
+                )
+            rows.append([str(size), label, *cells])
+    return table(["batch", "latent is so many times as fast as", "r = 1", "r = 2", "r = 3"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ward": lambda: main_table("ward"),
+    "ward seeds": lambda: seeds_table("ward"),
+    "relay": lambda: main_table("relay"),
+    "relay seeds": lambda: seeds_table("relay"),
+    "relay hops": hops_table,
+    "relay hops drawn anew": lambda: hops_table("drawn anew"),
+    "speed": speed_table,
+    "ward movement": lambda: movement_table("ward"),
+    "relay movement": lambda: movement_table("relay"),
+    "ward designs": lambda: designs_table("ward"),
+    "relay designs": lambda: designs_table("relay"),
+    "ward steps": lambda: compare_table(
+        "ward",
+        [
+            ("m = 1", "1 steps"),
+            ("m = 2", "2 steps"),
+            ("m = 3", "seed 0"),
+            ("m = 4", "4 steps"),
+            ("m = 9, on graded notes", "9 steps, graded"),
+        ],
+    ),
+    "ward rounds": lambda: grid_table("ward"),
+    "ward variants": lambda: compare_table("ward", VARIANTS_OF["ward"]),
+    "relay variants": lambda: compare_table("relay", VARIANTS_OF["relay"]),
+    "ward gradients": lambda: gradients_table("ward"),
+}
+
+VARIANTS_OF = {
+    "ward": [
+        ("aligned only", "aligned only"),
+        ("as shipped: R_out(R_in(H)), inner and outer links, roll-out", "seed 0"),
+        ("message R_out(H)", "message outer"),
+        ("outer links alone", "outer links alone"),
+        ("teacher-forced latents in training", "teacher"),
+        ("distilled from the exact posterior", "distillation"),
+        ("curriculum of 1, 2, then 3 rounds", "curriculum"),
+    ],
+    "relay": [
+        ("aligned only", "aligned only"),
+        ("as shipped", "seed 0"),
+        ("every round's answer counts", "every round"),
+    ],
+}
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw_grid(world: str, found: dict[int, Outcome]) -> None:
+    values = [[each.arm("latent", rounds)["accuracy"] for rounds in (1, 2, 3, 4)] for each in found.values()]
+    figure, axes = plt.subplots(figsize=(4.2, 3.6), layout="constrained")
+    image = axes.imshow(values, cmap="viridis", origin="lower")
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            shade = "black" if value > (min(map(min, values)) + max(map(max, values))) / 2 else "white"
+            axes.text(column, row, score(value), ha="center", va="center", color=shade)
+    axes.set_xticks(range(4), ["1", "2", "3", "4"])
+    axes.set_yticks(range(4), ["1", "2", "3", "4"])
+    axes.set_xlabel("rounds run with")
+    axes.set_ylabel("rounds trained on")
+    axes.set_title(f"{world}: accuracy, n = {NUM_QUESTIONS:,}")
+    figure.colorbar(image)
+    _save(figure, f"rounds-{world}")
+
+
+def draw_gradients(world: str, curves: dict[str, dict[tuple[str, int], list[float]]]) -> None:
+    figure, panels = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3.2), sharey=True, layout="constrained")
+    colours = {1: "tab:blue", 2: "tab:orange", 3: "tab:green"}
+    for axes, (label, curve) in zip(panels if len(curves) > 1 else [panels], curves.items(), strict=True):
+        for (edge, round), values in curve.items():
+            axes.plot(
+                [10 * (1 + step) for step in range(len(values))],
+                values,
+                color=colours[round],
+                alpha=0.7,
+                lw=1,
+                label=f"{edge}, round {round}",
+            )
+        axes.set_yscale("log")
+        axes.set_title(label)
+        axes.set_xlabel("step")
+    axes.legend(fontsize=6)
+    (panels[0] if len(curves) > 1 else panels).set_ylabel("median gradient of a sample at a message")
+    _save(figure, f"gradients-{world}")
+
+
+def _save(figure: Any, name: str) -> None:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    plt.rcParams["svg.hashsalt"] = name  # the same figure is the same file
+    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def write() -> None:
+    """Put every table between its markers."""
+    text = DOCUMENT.read_text()
+    for name, make in TABLES.items():
+        start, end = f"<!-- table: {name} -->", "<!-- end -->"
+        if start not in text:
+            raise SystemExit(f"{DOCUMENT} has no marker {start}")
+        head, tail = text.split(start)
+        text = f"{head}{start}\n{make()}\n{end}{tail.split(end, 1)[1]}"
+    DOCUMENT.write_text(text)
+
+
+def take_time() -> None:
+    """Speed on a quiet machine: the arms take turns batch by batch within each evaluation."""
+    for size in (1, 16, 64, 250):
+        for repeat in (1, 2, 3):
+            place = PLACE / "speed" / f"batch {size}, {repeat}"
+            count = {1: 100, 16: 800}.get(size, 2000)
+            if not (place / "report.json").exists():
+                command = ["recursivemas", "eval", "ward", "--task", "ward", "-n", str(count), "--seed", str(repeat)]
+                _type([*command, "--arms", "latent,text", "--batch-size", str(size), "--out", str(place)], place)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("worlds", nargs="*", default=["ward", "relay"], help="ward, relay")
+    parser.add_argument("--only", choices=["run", "time", "write"], help="do one of the three steps")
+    parser.add_argument("--match", default="", help="only runs whose name contains this")
+    parser.add_argument("--workers", type=int, default=2, help="runs made at the same time")
+    given = parser.parse_args()
+    if given.only in (None, "run"):
+        shop = Shop()
+        chosen = [run for run in RUNS if run.world in given.worlds and given.match in run.name]
+        with ThreadPoolExecutor(given.workers) as pool:
+            list(pool.map(shop.make, chosen))
+    if given.only in (None, "time"):
+        take_time()
+    if given.only in (None, "write"):
+        write()
+
+
+if __name__ == "__main__":
+    main()

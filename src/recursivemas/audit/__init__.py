@@ -1,0 +1,1 @@
+"""Audit: looking inside a system. It reads systems and worlds and changes neither."""

@@ -1,0 +1,323 @@
+"""Outer loop (eq. 6): the links learn together, from the answer's loss through the whole unrolled recursion.
+
+    L_out = sum over rounds of w_r CE(answer after round r) + anchor * alignment loss
+
+An answer counts from the round on in which it can be known (`Question.rounds`; 1 unless a world says otherwise).
+
+Thoughts are rolled out as in inference, and gradients flow through every message, every cache and every round back to
+every link; the language models stay as they are. Every part of the loss, and every safeguard, is a setting with its
+reason (see `OuterSettings`). Knows a system and questions with answers; knows nothing of where these come from.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, NonNegativeFloat, model_validator
+from torch import Tensor, nn
+
+from recursivemas.agents import Agent, Reading
+from recursivemas.config import Config
+from recursivemas.errors import ConfigError, InputError, NumericsError, unknown_name
+from recursivemas.links import RecursiveLink
+from recursivemas.patterns import Edge
+from recursivemas.recursion import PlayedTurn
+from recursivemas.system import RecursiveSystem
+from recursivemas.training.alignment import AlignmentPairs, alignment_loss
+from recursivemas.training.data import Question
+from recursivemas.training.gradients import Backflow, say_samples
+from recursivemas.training.loop import Fitted, LoopSettings, Progress, RunDirectory, Validation, fit
+
+
+class Phase(Config):
+    """A part of the training that unrolls fewer rounds than the whole."""
+
+    num_rounds: int = Field(ge=1)
+    num_train_steps: int = Field(ge=1)
+
+
+class OuterSettings(LoopSettings):
+    """Settings of the outer loop."""
+
+    num_train_steps: int = Field(default=300, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    """Start low: from a good alignment 3e-4 to 1e-3 improve it, 3e-3 may wipe it out."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    save_every: int = Field(default=25, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    """Questions of each step."""
+    num_samples: int = Field(default=16384, ge=1)
+    """Questions of the training split that steps draw from."""
+    trained: Literal["outer", "inner+outer"] = "inner+outer"
+    """Which links learn; the others stay as the stages before have left them. The paper trains `outer`."""
+    num_rounds: int | None = Field(default=None, ge=1)
+    """Rounds that are unrolled; by default those of the system."""
+    curriculum: tuple[Phase, ...] = ()
+    """Phases with fewer rounds at the start, for a system that is not yet good enough to learn from all rounds at once.
+    One round at first teaches links to ignore the loop where early rounds already say something of the answer."""
+    round_weights: Literal["every", "last"] | tuple[float, ...] = "every"
+    """Which answers count. With the last round's alone (as in eq. 6) gradients of earlier rounds may vanish; with every
+    round's they stay level. A tuple gives each round its weight."""
+    anchor: float = Field(default=1.0, ge=0)
+    """Weight of the alignment loss, kept on: it holds messages in the language that frozen readers know."""
+    anchor_batch_size: int = Field(default=256, ge=1)
+    """Token positions of each edge and step for it."""
+    clip_messages: float | None = Field(default=None, gt=0)
+    """For each sample, its gradient at a message is bounded to so many times its gradient at the last message. Few
+    samples may carry a thousand times the median, and global clipping would throw away all the others."""
+    lr_ratios: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Shares of the learning rate, by link (`planner`, `planner->critic`) or for all of a kind (`inner`, `outer`)."""
+    latent_source: Literal["rollout", "teacher"] = "rollout"
+    """Thoughts as in inference, or the states from which the agents would write their text: cheaper to trust, but
+    never what a run meets."""
+    distillation: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss that is taken against the exact posterior of a world instead of the one true answer."""
+    num_validation: int = Field(default=1000, ge=2)
+    """Questions of the validation split on which the checkpoint is chosen."""
+    validate_every: int = Field(default=50, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many validations without a better one."""
+    max_loss_ratio: float | None = Field(default=3.0, gt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "OuterSettings":
+        if sum(phase.num_train_steps for phase in self.curriculum) >= self.num_train_steps and self.curriculum:
+            raise ConfigError(
+                f"the phases of the curriculum take all {self.num_train_steps} steps (num_train_steps); leave some for "
+                "the full number of rounds"
+            )
+        if isinstance(self.round_weights, tuple) and (
+            not self.round_weights or min(self.round_weights) < 0 or self.round_weights[-1] == 0
+        ):
+            raise ConfigError(
+                f"round_weights {self.round_weights} must give each round a weight of 0 or more, and the last one more "
+                "than 0"
+            )
+        return self
+
+    def rounds_at(self, step: int, num_rounds: int) -> int:
+        """How many rounds a step (counted from 0) unrolls."""
+        for phase in self.curriculum:
+            if step < phase.num_train_steps:
+                return min(phase.num_rounds, num_rounds)
+            step -= phase.num_train_steps
+        return num_rounds
+
+    def weights_of(self, num_rounds: int) -> dict[int, float]:
+        """The weight of each round whose answer counts, when so many are unrolled; they add up to 1."""
+        if self.round_weights == "last":
+            return {num_rounds: 1.0}
+        if self.round_weights == "every":
+            return dict.fromkeys(range(1, num_rounds + 1), 1 / num_rounds)
+        if len(self.round_weights) < num_rounds:
+            raise ConfigError(f"round_weights has {len(self.round_weights)} weights for {num_rounds} rounds")
+        # With fewer rounds than weights, the weights of the last rounds are those that stay.
+        chosen = self.round_weights[-num_rounds:]
+        return {round: weight / sum(chosen) for round, weight in enumerate(chosen, start=1) if weight > 0}
+
+
+@dataclass
+class OuterLoop:
+    """The loss of a step of the outer loop, and what is to be said about it."""
+
+    system: RecursiveSystem
+    questions: Sequence[Question]
+    settings: OuterSettings
+    seed: int = 0
+    anchors: Mapping[str, AlignmentPairs] = field(default_factory=dict)
+    """Pairs of each edge for the alignment loss."""
+    _figures: dict[str, float] = field(default_factory=dict)
+    _backflow: Backflow | None = None
+    _names: list[str] = field(default_factory=list)
+    _within_reach: dict[int, Sequence[Question]] = field(default_factory=dict)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that are unrolled in the end."""
+        return self.settings.num_rounds or self.system.settings.num_rounds
+
+    def loss(self, step: int) -> Float[Tensor, ""]:
+        """The loss of a step; everything random in it follows from its number."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        num_rounds = self.settings.rounds_at(step, self.num_rounds)
+        within = self.within_reach(num_rounds)
+        rows = torch.randint(len(within), (self.settings.batch_size,), generator=generator).tolist()
+        batch = [within[row] for row in rows]
+        self._names = [question.id for question in batch]
+        self._backflow = Backflow(trained_links(self.system, self.settings), clip=self.settings.clip_messages)
+        weights = self.settings.weights_of(num_rounds)
+        losses = self.losses_by_round(batch, weights, self._backflow)
+        means = {}
+        for round, loss in losses.items():
+            known = torch.tensor([question.rounds <= round for question in batch], device=loss.device)
+            means[round] = (loss * known).sum() / known.sum().clamp(min=1)
+        self._figures = {f"loss/round {round}": each.item() for round, each in means.items()}
+        total = torch.stack([weights[round] * each for round, each in means.items()]).sum()
+        if self.settings.anchor and self.anchors:
+            anchor = self._anchor_loss(generator)
+            self._figures["loss/anchor"] = anchor.item()
+            total = total + self.settings.anchor * anchor
+        return total
+
+    def within_reach(self, num_rounds: int) -> Sequence[Question]:
+        """The questions whose answers so many rounds can find. Raises `ConfigError` if there is none."""
+        if num_rounds not in self._within_reach:
+            found = [question for question in self.questions if question.rounds <= num_rounds]
+            if not found:
+                least = min(question.rounds for question in self.questions)
+                raise ConfigError(f"no question can be answered in {num_rounds} rounds; the easiest one takes {least}")
+            self._within_reach[num_rounds] = found
+        return self._within_reach[num_rounds]
+
+    def losses_by_round(
+        self, batch: Sequence[Question], rounds: Mapping[int, float], backflow: Backflow
+    ) -> dict[int, Float[Tensor, " batch"]]:
+        """Cross-entropy of each question's answer after each of some rounds."""
+        losses: dict[int, Tensor] = {}
+        turns = self.system.unroll(
+            [question.text for question in batch],
+            num_rounds=max(rounds),
+            answer_rounds=tuple(rounds),
+            latent_source=self.settings.latent_source,
+            keys=[question.id for question in batch],
+        )
+        with backflow.recording():
+            for played in turns:
+                backflow.watch(played)
+                if played.turn.speaks:
+                    losses[played.turn.round] = self._answer_loss(played, batch)
+        return losses
+
+    def observe(self, step: int) -> dict[str, float]:
+        """Figures of the step whose gradients have just been computed. Raises `NumericsError` naming what is wrong."""
+        if self._backflow is not None:
+            self._backflow.check(self._names)
+            if (step + 1) % self.settings.log_every == 0:
+                self._figures |= self._backflow.figures()
+                self._figures |= self._link_figures()
+        return self._figures
+
+    def _link_figures(self) -> dict[str, float]:
+        """Gradient norm of each link over all rounds, before and after global clipping."""
+        norms = {}
+        for name, link in trained_links(self.system, self.settings).items():
+            gradients = [each.grad for each in link.parameters() if each.grad is not None]
+            norms[name] = nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+        total = sum(norm**2 for norm in norms.values()) ** 0.5
+        factor = min(1.0, self.settings.max_grad_norm / total) if total else 1.0
+        before = {f"gradient/total/{name}": norm for name, norm in norms.items()}
+        return before | {f"gradient/total_clipped/{name}": norm * factor for name, norm in norms.items()}
+
+    def _answer_loss(self, played: PlayedTurn, batch: Sequence[Question]) -> Float[Tensor, " batch"]:
+        share = self.settings.distillation
+        losses = torch.zeros(len(batch), device=played.reading.state.device)
+        if share < 1:
+            losses = (1 - share) * played.agent.loss(played.reading, [question.answer for question in batch])
+        if share > 0:
+            losses = losses + share * expected_loss(played.agent, played.reading, batch)
+        if not bool(losses.isfinite().all()):
+            raise NumericsError(
+                f"the loss of the {played.turn.role}'s answer in round {played.turn.round} is not finite for "
+                f"{say_samples((~losses.isfinite()).tolist(), self._names)}."
+            )
+        return losses
+
+    def _anchor_loss(self, generator: torch.Generator) -> Float[Tensor, ""]:
+        through_inner = self.system.settings.message == "inner+outer"
+        losses = []
+        for name, pairs in self.anchors.items():
+            size = (self.settings.anchor_batch_size,)
+            chosen = torch.randint(len(pairs.states), size, generator=generator).to(pairs.states.device)
+            states, targets = pairs.states[chosen], pairs.targets[chosen]
+            features = self.system.agents[Edge.parse(name).source].inner_link(states) if through_inner else states
+            losses.append(alignment_loss(self.system.links[name], features, targets))
+        return torch.stack(losses).mean()
+
+
+def expected_loss(agent: Agent, reading: Reading, batch: Sequence[Question]) -> Float[Tensor, " batch"]:
+    """Cross-entropy against the posterior: of every answer that is possible, weighted by its probability."""
+    rows, texts, weights = [], [], []
+    for row, question in enumerate(batch):
+        for answer, probability in question.posterior.items():
+            rows.append(row)
+            texts.append(answer)
+            weights.append(probability)
+    device = reading.state.device
+    places = torch.tensor(rows, device=device)
+    losses = agent.loss(reading.select(places), texts)
+    weighted = losses * torch.tensor(weights, device=device, dtype=losses.dtype)
+    return torch.zeros(len(batch), device=device, dtype=losses.dtype).index_add(0, places, weighted)
+
+
+def trained_links(system: RecursiveSystem, settings: OuterSettings) -> dict[str, RecursiveLink]:
+    """The links that learn: all of them, or the outer ones."""
+    return dict(system.all_links if settings.trained == "inner+outer" else system.links)
+
+
+def learning_rate_ratios(system: RecursiveSystem, settings: OuterSettings) -> dict[str, float]:
+    """The share of the learning rate of every parameter. Raises `ConfigError` for a link that does not exist."""
+    known = ["inner", "outer", *system.all_links]
+    for name in settings.lr_ratios:
+        if name not in known:
+            raise ConfigError("lr_ratios: " + unknown_name("link", name, known))
+    found = {}
+    for name, link in system.all_links.items():
+        kind = "outer" if name in system.links else "inner"
+        ratio = settings.lr_ratios.get(name, settings.lr_ratios.get(kind, 1.0))
+        found.update({f"{name}/{tensor}": ratio for tensor, _ in link.named_parameters()})
+    return found
+
+
+def check_outer(system: RecursiveSystem, settings: OuterSettings) -> None:
+    """Raise `ConfigError` for settings that do not fit the system."""
+    settings.weights_of(settings.num_rounds or system.settings.num_rounds)
+    learning_rate_ratios(system, settings)
+    if not system.settings.num_latent_steps or not system.links:
+        raise ConfigError(
+            "the outer loop trains what agents hand to each other: it needs a pattern with edges and num_latent_steps "
+            f"of 1 or more, got {len(system.links)} edges and {system.settings.num_latent_steps} latent steps"
+        )
+
+
+def train_outer(
+    system: RecursiveSystem,
+    questions: Sequence[Question],
+    settings: OuterSettings,
+    *,
+    anchors: Mapping[str, AlignmentPairs] | None = None,
+    validate: Callable[[RecursiveSystem], float] | None = None,
+    seed: int = 0,
+    run: RunDirectory | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Train the links of a system in place through its own recursion; they end as they did best on validation.
+
+    `validate` scores the system on held-out questions, the higher the better; without it the last weights are kept.
+    Raises `NumericsError` when something is not finite, or diverges: the best weights are in place then.
+    """
+    check_outer(system, settings)
+    if not questions:
+        raise InputError("there are no questions for the outer loop")
+    loop = OuterLoop(system, questions, settings, seed, anchors or {})
+    for link in system.all_links.values():
+        link.float()
+    trained = trained_links(system, settings)
+    parameters = {
+        f"{name}/{tensor}": parameter for name, link in trained.items() for tensor, parameter in link.named_parameters()
+    }
+    validation = None
+    if validate is not None:
+        validation = Validation(lambda: validate(system), settings.validate_every, settings.patience)
+    return fit(
+        "outer",
+        parameters,
+        loop.loss,
+        settings,
+        lr_ratios=learning_rate_ratios(system, settings),
+        observe=loop.observe,
+        validation=validation,
+        run=run,
+        progress=progress,
+    )

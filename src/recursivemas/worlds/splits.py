@@ -1,0 +1,27 @@
+"""The split a question belongs to, by a hash of what it asks: 80 % train, 10 % validation, 10 % test.
+
+Neither the hash nor what it is taken of must ever change: agents are pretrained on one side of it. Knows no world.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recursivemas.errors import ConfigError, unknown_name
+
+NUM_BUCKETS = 10
+SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
+"""The buckets of each split."""
+
+
+def bucket_of(code: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The bucket of each question, given a number that is its own."""
+    code = (code + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    code = (code ^ (code >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((code ^ (code >> np.uint64(31))) % np.uint64(NUM_BUCKETS)).astype(np.int64)
+
+
+def is_in(bucket: NDArray[np.int64], split: str) -> NDArray[np.bool_]:
+    """Whether each question, given its bucket, is of a split. Raises `ConfigError` for an unknown split."""
+    if split not in SPLITS:
+        raise ConfigError(unknown_name("split", split, SPLITS))
+    return np.isin(bucket, SPLITS[split])

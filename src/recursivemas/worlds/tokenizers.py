@@ -1,0 +1,58 @@
+"""Tokenizers of tiny agents, made from the words of their world.
+
+Every word is one token, with the same id wherever it stands in a text. Knows nothing of what the words mean.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from recursivemas.worlds.pretraining import AgentRecipe
+
+PAD, UNK = "<pad>", "<unk>"
+SPACE = "▁"
+"""How the tokenizers write the space before a word."""
+
+
+def build_tokenizer(
+    recipe: AgentRecipe, words: Sequence[str], *, emphasis: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of an agent that reads these words, with its chat template.
+
+    `emphasis` names words that count more when a BPE vocabulary is built, which changes the order of its merges.
+    """
+    special = [PAD, UNK, recipe.markers.user, recipe.markers.assistant, recipe.markers.end]
+    trainer: Any
+    if recipe.tokenizer == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
+        trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    elif recipe.tokenizer == "bpe":
+        tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+        printable = [chr(code) for code in range(33, 127)]
+        trainer = trainers.BpeTrainer(
+            vocab_size=4000, special_tokens=special, initial_alphabet=[SPACE, *printable], show_progress=False
+        )
+    else:
+        raise ValueError(f"tokenizer is {recipe.tokenizer!r}; tiny agents use 'word' or 'bpe'")
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(left=False, right=True)]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"), pre_tokenizers.Punctuation("isolated")]
+    )
+    tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
+    tokenizer.train_from_iterator([*words, *(word for word in emphasis for _ in range(3)), " ."], trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    loaded = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNK,
+        eos_token=recipe.markers.end,
+        additional_special_tokens=[recipe.markers.user, recipe.markers.assistant],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+    loaded.chat_template = recipe.markers.template()
+    return loaded
