@@ -18,7 +18,7 @@ def run(name: str) -> str:
 def test_quickstart() -> None:
     printed = run("quickstart.py")
     assert "cost: 3 generated tokens, 24 latent steps" in printed
-    assert "planner->critic, round 1: a tensor of shape (4, 80)" in printed
+    assert "planner->critic, round 1: a tensor of shape (3, 80)" in printed
     assert "solver alone:" in printed
 
 
