@@ -404,9 +404,9 @@ def speed_table() -> str:
                     theirs.append(1e3 * arms["text", variant, rounds])
                     ratios.append(theirs[-1] / ours[-1])
                 middle = mean(ratios)
-                cells.append(
-                    f"{middle.value:.2f} ± {middle.stderr:.2f} ({mean(theirs).value:.2f} / {mean(ours).value:.2f} ms)"
-                )
+                spread = f" ± {middle.stderr:.2f}" if middle.n > 1 else ""
+                times = f"{mean(theirs).value:.2f} / {mean(ours).value:.2f} ms"
+                cells.append(f"{middle.value:.2f}{spread} ({times})")
             rows.append([str(size), label, *cells])
     return table(["batch", "latent is so many times as fast as", "r = 1", "r = 2", "r = 3"], rows)
 
