@@ -139,7 +139,7 @@ RUNS = [
     Run("ward", "last round", outer=("outer.round_weights=last", "outer.anchor=0")),
     Run("ward", "distillation", outer=("outer.distillation=1",)),
     Run("ward", "curriculum", outer=(f"outer.curriculum=[{_phase(1, 100)}, {_phase(2, 100)}]",)),
-    Run("relay", "every round", outer=("outer.round_weights=every",)),
+    Run("relay", "last round", outer=("outer.round_weights=last",)),
 ]  # fmt: skip
 
 
@@ -452,7 +452,7 @@ VARIANTS_OF = {
     "relay": [
         ("aligned only", "aligned only"),
         ("as shipped", "seed 0"),
-        ("every round's answer counts", "every round"),
+        ("the last round's answer alone", "last round"),
     ],
 }
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from recursivemas.config import Config, parse
-from recursivemas.errors import CheckpointError, ConfigError, OutputError, PatternError, unknown_name
+from recursivemas.errors import CheckpointError, ConfigError, ModelError, OutputError, PatternError, unknown_name
 from recursivemas.links import LinkConfig, RecursiveLink
 from recursivemas.models import LanguageModel, choose_dtype
 from recursivemas.patterns import Edge, Pattern
@@ -243,6 +243,42 @@ def describe_tokenizer(model: LanguageModel) -> dict[str, str]:
         "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "chat_template_sha256": hashlib.sha256(str(model.tokenizer.chat_template).encode()).hexdigest(),
     }
+
+
+def describe_agent(directory: Path, model: LanguageModel, place: str) -> AgentRecord:
+    """The record of a model that was saved at `place` below `directory`, or is to be had under that name."""
+    local = model.source is None
+    return AgentRecord(
+        model=place,
+        local=local,
+        model_type=model.config.model_type,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        revision=model.revision,
+        sha256=folder_sha256(directory / place) if local else None,
+        **describe_tokenizer(model),
+    )
+
+
+def load_agent_model(directory: Path, role: str, record: AgentRecord, **options: Any) -> LanguageModel:
+    """The model of a saved agent. Raises `CheckpointError` unless it is the one the links were made for."""
+    try:
+        if record.local:
+            place = inside(directory, record.model)
+            verify_sha256(place, record.sha256)
+            model = LanguageModel.from_pretrained(place, **options)
+        else:
+            model = LanguageModel.from_pretrained(record.model, revision=record.revision, **options)
+    except ModelError as error:
+        raise CheckpointError(f"the agent of the {role} cannot be loaded: {error}") from None
+    found = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, **describe_tokenizer(model)}
+    for name, value in found.items():
+        if value != getattr(record, name):
+            raise CheckpointError(
+                f"the model '{record.model}' of the {role} is not the one this system was made with: its {name} is "
+                f"{value}, expected {getattr(record, name)}"
+            )
+    return model
 
 
 @contextmanager

@@ -7,9 +7,8 @@ Knows agents, links, a pattern and prompts; knows nothing of data sets, losses, 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from recursivemas.agents import Agent, Message
+from recursivemas.batches import as_questions, check_whole, in_batches
 from recursivemas.channels import choose_channels
 from recursivemas.checkpoint import (
     FORMAT_VERSION,
@@ -25,15 +25,14 @@ from recursivemas.checkpoint import (
     Manifest,
     SystemSettings,
     atomic_directory,
-    describe_tokenizer,
+    describe_agent,
     find_system,
-    folder_sha256,
     inside,
     library_version,
     link_folder,
+    load_agent_model,
     read_link,
     read_manifest,
-    verify_sha256,
     write_link,
     write_manifest,
 )
@@ -43,7 +42,6 @@ from recursivemas.errors import (
     CheckpointError,
     ConfigError,
     InputError,
-    ModelError,
     PatternError,
     unknown_name,
 )
@@ -225,7 +223,7 @@ class RecursiveSystem:
         models: dict[AgentRecord, LanguageModel] = {}
         for role, record in manifest.agents.items():
             if record not in models:
-                models[record] = _load_agent_model(directory, role, record, dtype=dtype, device=device)
+                models[record] = load_agent_model(directory, role, record, dtype=dtype, device=device)
         links = {
             name: read_link(inside(directory, saved.folder), saved.sha256) for name, saved in manifest.links.items()
         }
@@ -258,7 +256,7 @@ class RecursiveSystem:
                     folders[id(model)] = model.source or f"agents/{role}"
                     if model.source is None:
                         model.save_pretrained(draft / folders[id(model)], dtype=dtype)
-                records[role] = _describe_agent(draft, model, folders[id(model)])
+                records[role] = describe_agent(draft, model, folders[id(model)])
             every_link = {**{role: agent.inner_link for role, agent in self.agents.items()}, **self.links}
             links = {
                 name: LinkRecord(
@@ -378,13 +376,13 @@ class RecursiveSystem:
         orders what is shuffled. `keys` name the questions for sampling (default: their text). A batch that does not fit
         into the memory of a GPU is halved. Raises `InputError`, `ConfigError` or `NumericsError`.
         """
-        several = _as_questions(questions)
+        several = as_questions(questions)
         level = _trace_level(trace)
         plan = self._plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
         names = list(keys) if keys is not None else several
         if len(names) != len(several):
             raise InputError(f"{len(names)} keys were given for {len(several)} questions; give one for each")
-        _check_whole("batch_size", batch_size, 1, 1_000_000)
+        check_whole("batch_size", batch_size, 1, 1_000_000)
         order, plan_of = self._intervened(plan, intervene, several, names, seed)
 
         def answer(rows: list[int]) -> list[Result]:
@@ -393,7 +391,14 @@ class RecursiveSystem:
         place = Path(trace_dir) if trace_dir is not None else None
         if place is not None:
             check_trace_dir(place, level)
-        results = _in_batches(answer, order, batch_size, place, progress)
+        results: dict[int, Result] = {}
+        for number, (rows, done) in enumerate(in_batches(answer, order, batch_size)):
+            if place is not None:
+                kept = save_traces(place, [result.trace for result in done], batch=number)
+                done = [replace(result, trace=each) for result, each in zip(done, kept, strict=True)]
+            results.update(zip(rows, done, strict=True))
+            if progress is not None:
+                progress(len(results), len(order))
         answers = [results[row] for row in range(len(several))]
         return answers[0] if isinstance(questions, str) else answers
 
@@ -412,7 +417,7 @@ class RecursiveSystem:
 
         Options as in `run`. Raises `InputError`, `ConfigError` or `NumericsError`.
         """
-        [question] = _as_questions([question])
+        [question] = as_questions([question])
         plan = self._plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
         meter = Meter(1, self._answering_model.device)
         trace = self._new_trace(question, question, plan, "summary")
@@ -468,10 +473,10 @@ class RecursiveSystem:
         as in a run, or teacher: the states from which the agents would write their text. Text before a prompt's first
         slot is read without gradient; everything after it, and every cache, carries it. `keys` name the questions.
         """
-        several = _as_questions(questions)
+        several = as_questions(questions)
         plan = self._plan(num_rounds, num_latent_steps, channel, None, variant, instructions)
         for round in answer_rounds:
-            _check_whole("a round of answer_rounds", round, 1, plan.num_rounds)
+            check_whole("a round of answer_rounds", round, 1, plan.num_rounds)
         if latent_source not in LATENT_SOURCES:
             raise ConfigError(unknown_name("latent source", latent_source, LATENT_SOURCES))
         plan = replace(
@@ -560,8 +565,8 @@ class RecursiveSystem:
     ) -> Plan:
         rounds = self.settings.num_rounds if num_rounds is None else num_rounds
         steps = self.settings.num_latent_steps if num_latent_steps is None else num_latent_steps
-        _check_whole("num_rounds", rounds, 1, 1000)
-        _check_whole("num_latent_steps", steps, 0, 100_000)
+        check_whole("num_rounds", rounds, 1, 1000)
+        check_whole("num_latent_steps", steps, 0, 100_000)
         variant = self.settings.variant if variant is None else variant
         self.prompts.variant(variant)
         return Plan(
@@ -629,47 +634,6 @@ class RecursiveSystem:
         return f"RecursiveSystem({self.settings.name!r}, pattern={self.pattern.name!r}, {models})"
 
 
-def _in_batches(
-    answer: Callable[[list[int]], list[Result]],
-    order: list[int],
-    batch_size: int,
-    trace_dir: Path | None,
-    progress: Progress | None,
-) -> dict[int, Result]:
-    """Answer rows batch by batch; a batch that does not fit into the memory of a GPU is halved."""
-    results: dict[int, Result] = {}
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    number = 0
-    while batches:
-        rows = batches.pop(0)
-        done = _unless_too_large(answer, rows)
-        if done is None:
-            torch.cuda.empty_cache()
-            batches[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-            continue
-        if trace_dir is not None:
-            kept = save_traces(trace_dir, [result.trace for result in done], batch=number)
-            done = [replace(result, trace=each) for result, each in zip(done, kept, strict=True)]
-        results.update(zip(rows, done, strict=True))
-        number += 1
-        if progress is not None:
-            progress(len(results), len(order))
-    return results
-
-
-def _unless_too_large(answer: Callable[[list[int]], list[Result]], rows: list[int]) -> list[Result] | None:
-    """The answers, or None if the memory of the GPU did not suffice. (Only after this has returned, it is free.)"""
-    try:
-        return answer(rows)
-    except torch.cuda.OutOfMemoryError:
-        if len(rows) > 1:
-            return None
-        raise InputError(
-            "one question alone does not fit into the memory of the device; lower max_new_tokens or the number of "
-            "latent steps, or use a smaller dtype"
-        ) from None
-
-
 def as_intervention(given: str | Intervention | Intervene | None) -> Intervention:
     """An intervention from its name, or from a plain function. Raises `ConfigError`."""
     if given is None:
@@ -688,66 +652,3 @@ def _trace_level(trace: str | bool) -> str:
     if level not in LEVELS:
         raise ConfigError(unknown_name("trace level", level, LEVELS))
     return level
-
-
-def _as_questions(questions: Any) -> list[str]:
-    """One question, or several, as a list. Raises `InputError` for what is not text, or empty."""
-    if not isinstance(questions, str) and (
-        isinstance(questions, (bytes, Mapping)) or not isinstance(questions, Iterable)
-    ):
-        raise InputError(f"expected a question as text, or a list of them; got {type(questions).__name__}")
-    several = [questions] if isinstance(questions, str) else list(questions)
-    if not several:
-        raise InputError("no question was given; give one as text, or a list of them")
-    for number, question in enumerate(several, start=1):
-        where = f"question {number}" if len(several) > 1 else "the question"
-        if not isinstance(question, str):
-            raise InputError(f"{where} is a {type(question).__name__}, expected text")
-        if not question.strip():
-            raise InputError(f"{where} is empty; write what is to be answered")
-        try:
-            question.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{where} is not valid text: it holds bytes that are not UTF-8") from None
-    return several
-
-
-def _check_whole(name: str, value: Any, least: int, most: int) -> None:
-    kind: Any = type(value)
-    if not issubclass(kind, Integral) or kind is bool or not least <= value <= most:
-        raise ConfigError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
-
-
-def _describe_agent(directory: Path, model: LanguageModel, place: str) -> AgentRecord:
-    local = model.source is None
-    return AgentRecord(
-        model=place,
-        local=local,
-        model_type=model.config.model_type,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        revision=model.revision,
-        sha256=folder_sha256(directory / place) if local else None,
-        **describe_tokenizer(model),
-    )
-
-
-def _load_agent_model(directory: Path, role: str, record: AgentRecord, **options: Any) -> LanguageModel:
-    """The model of a saved agent; refused unless it is the one the links were made for."""
-    try:
-        if record.local:
-            place = inside(directory, record.model)
-            verify_sha256(place, record.sha256)
-            model = LanguageModel.from_pretrained(place, **options)
-        else:
-            model = LanguageModel.from_pretrained(record.model, revision=record.revision, **options)
-    except ModelError as error:
-        raise CheckpointError(f"the agent of the {role} cannot be loaded: {error}") from None
-    found = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size, **describe_tokenizer(model)}
-    for name, value in found.items():
-        if value != getattr(record, name):
-            raise CheckpointError(
-                f"the model '{record.model}' of the {role} is not the one this system was made with: its {name} is "
-                f"{value}, expected {getattr(record, name)}"
-            )
-    return model
