@@ -5,7 +5,7 @@ A world brings the text and the tokenizers; what is common to all worlds stands 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from recursivemas.models import LanguageModel
 from recursivemas.prompts import PromptSet
 from recursivemas.training.data import EncodedTurn, encode_turns
 from recursivemas.training.loop import LoopSettings, Progress, RunDirectory, fit
-from recursivemas.worlds import World
+
+if TYPE_CHECKING:
+    from recursivemas.worlds.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class AgentRecipe:
 
 
 def pretrain(
-    world: World, role: str, *, run: RunDirectory | None = None, progress: Progress | None = None
+    world: "World", role: str, *, run: RunDirectory | None = None, progress: Progress | None = None
 ) -> LanguageModel:
     """Train the agent of a role from random weights on its own text, and return it frozen.
 

@@ -5,26 +5,21 @@
 >>> turns = relay.role_samples("train", 512, 0, role="planner", variant="short")
 """
 
-import zlib
-
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from recursivemas.errors import ConfigError, unknown_name
 from recursivemas.evaluation.task import Sample
-from recursivemas.models import LanguageModel
 from recursivemas.training.data import RoleSample
-from recursivemas.training.loop import Progress, RunDirectory
-from recursivemas.worlds.pretraining import AgentRecipe, pretrain
 from recursivemas.worlds.relay import chains, curriculum
 from recursivemas.worlds.relay.agents import AGENT_RECIPES
-from recursivemas.worlds.relay.chains import NAMES, NUM_ROUNDS, RELATIONS, ROLES, VARIANTS, ChainWorld
+from recursivemas.worlds.relay.chains import NAMES, NUM_ROUNDS, RELATIONS, ROLES, VARIANTS, ChainWorld, Variant
 from recursivemas.worlds.tokenizers import build_tokenizer
+from recursivemas.worlds.world import World
 
 __all__ = ["ChainWorld", "Relay"]
 
 
-class Relay:
+class Relay(World):
     """One relay world: its chains, the turns of its agents, and the recipes that make these agents.
 
     Another seed is another world: the same words, other facts.
@@ -35,14 +30,13 @@ class Relay:
     pattern = "sequential"
     prompts = "relay"
     scorer = "exact"
+    variants = VARIANTS
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+        super().__init__(seed, AGENT_RECIPES)
         # A short note is four tokens: a name, the word "hop", its number, a full stop.
         self.settings = {"num_rounds": NUM_ROUNDS, "num_latent_steps": 4, "max_new_tokens": 24}
         self.chains = ChainWorld(seed)
-        self.agent_recipes: dict[str, AgentRecipe] = dict(AGENT_RECIPES)
-        self._tokenizers: dict[str, PreTrainedTokenizerFast] = {}
 
     def samples(self, split: str, num_samples: int, seed: int) -> list[Sample]:
         """Chains of a split, drawn independently (the few that have one or two hops come more than once).
@@ -50,7 +44,7 @@ class Relay:
         The target is the name at the end of the chain, `metadata["hops"]` its length, `metadata["rounds"]` the rounds
         that carry it so far.
         """
-        drawn = self.chains.draw(self._rng("chains", split, "", seed), num_samples, split=split)
+        drawn = self.chains.draw(self.rng("chains", split, "", seed), num_samples, split=split)
         return [
             Sample(
                 id=f"{self.name}-{self.seed}-{split}-{seed}-{row}",
@@ -70,30 +64,14 @@ class Relay:
         """What the solver writes for the name at the end of a chain."""
         return chains.answer_text(target)
 
-    def role_samples(
-        self, split: str, num_samples: int, seed: int, *, role: str, variant: str = "short"
+    def _loop_turns(
+        self, rng: np.random.Generator, num_samples: int, *, split: str, role: str, variant: Variant
     ) -> list[RoleSample]:
-        """Turns of one role in the running loop, on which links are trained; `variant` is the kind of note.
-
-        Raises `ConfigError` for an unknown split, role or variant.
-        """
-        if role not in ROLES:
-            raise ConfigError(unknown_name("role", role, ROLES))
-        if variant not in VARIANTS:
-            raise ConfigError(unknown_name("variant", variant, VARIANTS))
-        rng = self._rng("turns", split, role, seed)
         return curriculum.loop_turns(self.chains, rng, num_samples, split=split, role=role, variant=variant)
 
-    def conversations(
-        self, split: str, num_samples: int, seed: int, *, variant: str = "short"
+    def _conversations(
+        self, rng: np.random.Generator, num_samples: int, *, split: str, variant: Variant
     ) -> list[list[RoleSample]]:
-        """Whole loops, turn by turn, as faultless agents play them with notes of this kind.
-
-        Raises `ConfigError` for an unknown split or variant.
-        """
-        if variant not in VARIANTS:
-            raise ConfigError(unknown_name("variant", variant, VARIANTS))
-        rng = self._rng("conversations", split, "", seed)
         return curriculum.conversations(self.chains, rng, num_samples, split=split, variant=variant)
 
     def pretraining_batch(self, role: str, rng: np.random.Generator, size: int) -> list[RoleSample]:
@@ -102,18 +80,6 @@ class Relay:
             return curriculum.drills(self.chains, rng, 2 * size, role=role)
         return curriculum.pretraining_turns(self.chains, rng, size, role=role)
 
-    def pretrain(
-        self, role: str, *, run: RunDirectory | None = None, progress: Progress | None = None
-    ) -> LanguageModel:
-        """Make one agent by its recipe (minutes on a CPU); the same seeds make the same agent."""
-        return pretrain(self, role, run=run, progress=progress)
-
-    def tokenizer(self, role: str) -> PreTrainedTokenizerFast:
-        """The tokenizer of one agent, with its chat template."""
-        if role not in self._tokenizers:
-            words = [*chains.vocabulary(), *curriculum.protocol_words().split()]
-            self._tokenizers[role] = build_tokenizer(self.agent_recipes[role], words, emphasis=RELATIONS[role])
-        return self._tokenizers[role]
-
-    def _rng(self, purpose: str, split: str, role: str, seed: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, seed, zlib.crc32(f"{purpose} {split} {role}".encode())])
+    def _build_tokenizer(self, role: str) -> PreTrainedTokenizerFast:
+        words = [*chains.vocabulary(), *curriculum.protocol_words().split()]
+        return build_tokenizer(self.agent_recipes[role], words, emphasis=RELATIONS[role])
