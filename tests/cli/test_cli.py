@@ -497,7 +497,7 @@ def test_a_full_disk_at_the_end_is_one_clear_line(
         assert_refused(invoke(*OUTER), "cannot write", "No space left on device")
     assert not (tmp_path / "runs" / "test" / "system").exists()
     # What was trained is there: the same command has only to save it.
-    monkeypatch.setattr("recursivemas.training.outer.OuterLoop.loss", lambda *given: pytest.fail("trained again"))
+    monkeypatch.setattr("recursivemas.training.outer.OuterLoop.losses", lambda *given: pytest.fail("trained again"))
     assert invoke(*OUTER).exit_code == 0
 
 

@@ -14,7 +14,7 @@ from recursivemas.errors import NumericsError
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
 from recursivemas.system import RecursiveSystem
-from recursivemas.training.gradients import Backflow, say_samples, statistics
+from recursivemas.training.gradients import Backflow, figures, say_samples, statistics
 
 QUESTIONS = ["What is 2 + 2?", "A fox runs for two hours, and rests. How far did it run?", "Why?"]
 ANSWERS = ["the river", "forty-two", "no"]
@@ -403,8 +403,8 @@ def test_watching_changes_nothing_without_a_clip(make_system: Callable) -> None:
     for (name, parameter), gradient in zip(parameters.items(), plain, strict=True):
         assert torch.equal(parameter.grad, gradient), name
     assert backflow.after == {}
-    figures = backflow.figures()
-    assert not any(name.startswith("gradient/message_clipped") for name in figures)
+    found = figures([backflow])
+    assert not any(name.startswith("gradient/message_clipped") for name in found)
 
 
 def test_nothing_of_a_pass_stays_in_memory(make_system: Callable) -> None:
@@ -415,7 +415,7 @@ def test_nothing_of_a_pass_stays_in_memory(make_system: Callable) -> None:
     backflow = Backflow(system.all_links)
     flow(system, backflow, num_rounds=1, answer_rounds=())
     backflow.check(QUESTIONS)
-    backflow.figures()
+    figures([backflow])
     assert seen
     del backflow
     gc.collect()
@@ -446,23 +446,23 @@ def test_figures_name_every_place_and_statistic(make_double: Callable) -> None:
     system = make_double()
     backflow = Backflow(system.all_links, clip=0.3)
     flow(system, backflow)
-    figures = backflow.figures()
+    every = figures([backflow])
     messages = [place for place in places(system) if "->" in place[0]]
     names = [
         *(("message", *place) for place in messages),
         *(("message_clipped", *place) for place in messages),
         *(("link", *place) for place in places(system)),
     ]
-    assert set(figures) == {
+    assert set(every) == {
         f"gradient/{group}/{name}/round {round}/{statistic}"
         for group, name, round in names
         for statistic in ("median", "maximum", "share")
     }
-    assert all(isinstance(value, float) for value in figures.values())
+    assert all(isinstance(value, float) for value in every.values())
     of_links = backflow.of_links()
     for group, values in (("message", backflow.before), ("message_clipped", backflow.after), ("link", of_links)):
         for (name, round), norms in values.items():
-            found = {key: figures[f"gradient/{group}/{name}/round {round}/{key}"] for key in ("median", "maximum")}
+            found = {key: every[f"gradient/{group}/{name}/round {round}/{key}"] for key in ("median", "maximum")}
             assert found == {
                 "median": pytest.approx(sorted(norms.tolist())[1], rel=1e-6),
                 "maximum": pytest.approx(max(norms.tolist()), rel=1e-6),

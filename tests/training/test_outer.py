@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +32,7 @@ from recursivemas.training.outer import (
     learning_rate_ratios,
     train_outer,
 )
+from recursivemas.training.processes import Processes
 
 MakeSystem = Callable[..., RecursiveSystem]
 
@@ -125,7 +129,7 @@ def test_the_loss_of_a_step_by_hand(system: RecursiveSystem, round_weights: Any,
     for step in (0, 6):
         batch = drawn(step, seed=4)
         by_hand = {round: mean_of(system, batch, round, 3) for round in expected}
-        assert loop.loss(step).item() == pytest.approx(sum(expected[r] * by_hand[r] for r in expected), rel=1e-5)
+        assert sum(loop.losses(step)).item() == pytest.approx(sum(expected[r] * by_hand[r] for r in expected), rel=1e-5)
         figures = loop.observe(step)
         assert figures == {f"loss/round {round}": pytest.approx(value, rel=1e-5) for round, value in by_hand.items()}
     assert drawn(0, seed=4) != drawn(6, seed=4)
@@ -141,7 +145,7 @@ def test_a_step_follows_from_its_number_and_the_seed_alone(
 ) -> None:
     def losses(steps: list[int], seed: int = 0) -> list[float]:
         loop = OuterLoop(system, QUESTIONS, settings(anchor=1.0, anchor_batch_size=4), seed, anchors)
-        return [loop.loss(step).item() for step in steps]
+        return [sum(loop.losses(step)).item() for step in steps]
 
     forward = losses([0, 1, 2, 3])
     torch.manual_seed(99)
@@ -157,8 +161,8 @@ def test_the_anchor_is_the_alignment_loss_of_the_pairs_it_draws(
     system = make_system(prompts=FEW_WORDS, num_latent_steps=2, message=message)
     chosen = settings(anchor=0.7, anchor_batch_size=16)
     loop = OuterLoop(system, QUESTIONS, chosen, seed=2, anchors=anchors)
-    plain = OuterLoop(system, QUESTIONS, settings(), seed=2).loss(5).item()
-    found = loop.loss(5).item()
+    plain = sum(OuterLoop(system, QUESTIONS, settings(), seed=2).losses(5)).item()
+    found = sum(loop.losses(5)).item()
     generator = torch.Generator().manual_seed(2 * 1_000_003 + 5)
     torch.randint(len(QUESTIONS), (3,), generator=generator)
     by_hand = []
@@ -184,7 +188,7 @@ def test_distillation_is_the_expectation_over_the_posterior(system: RecursiveSys
             for answer, probability in question.posterior.items()
         )
         total += (1 - share) * cross_entropy(system, question.text, question.answer, 2, 2) + share * expectation
-    assert loop.loss(1).item() == pytest.approx(total / 3, rel=1e-5)
+    assert sum(loop.losses(1)).item() == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_an_expected_loss_of_a_certain_answer_is_its_loss(system: RecursiveSystem) -> None:
@@ -208,8 +212,8 @@ def test_the_gradient_of_a_step_is_that_of_its_loss(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     loop = OuterLoop(system, QUESTIONS, chosen, anchors=anchors)
-    expected = torch.autograd.grad(loop.loss(1), list(parameters.values()))
-    loop.loss(1).backward()
+    expected = torch.autograd.grad(sum(loop.losses(1)), list(parameters.values()))
+    sum(loop.losses(1)).backward()
     figures = loop.observe(1)
     for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
         assert torch.equal(parameter.grad, gradient), name
@@ -222,12 +226,74 @@ def test_the_gradient_of_a_step_is_that_of_its_loss(
     assert sum(value**2 for value in clipped) ** 0.5 == pytest.approx(min(1.0, total), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_parts_of_a_batch_add_up_to_it(system: RecursiveSystem, anchors: dict[str, AlignmentPairs], size: int) -> None:
+    """Losses, gradients and figures of micro-batches, and of processes that share them, are those of the whole batch."""
+    questions = [*QUESTIONS, Question(id="q-4", text="Who answers?", answer="no", rounds=2)]
+    parameters = system.trainable_parameters()
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+
+    def step(size: int | None, count: int = 1) -> tuple[list[Tensor], dict[str, float]]:
+        chosen = settings(batch_size=5, micro_batch_size=size, anchor=1.0, anchor_batch_size=8, clip_messages=0.5)
+        figures: dict[str, float] = {}
+        for parameter in parameters.values():
+            parameter.grad = None
+        for rank in range(count):
+            loop = OuterLoop(system, questions, chosen, anchors=anchors, processes=Share(rank, count))
+            parts = list(loop.losses(1))
+            for part in parts:
+                part.backward()
+            for name, value in {**loop.observe(1), "loss": sum(part.item() for part in parts)}.items():
+                figures[name] = figures.get(name, 0.0) + value
+        return [parameter.grad.clone() for parameter in parameters.values()], figures
+
+    whole, told = step(None)
+    for found, figures in (step(size), step(size, 2), step(None, 3)):
+        for gradient, expected in zip(found, whole, strict=True):
+            assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+        for name in ("loss", "loss/round 1", "loss/round 2", "loss/anchor"):
+            assert figures[name] == pytest.approx(told[name], rel=1e-5)
+    assert step(size)[1] == pytest.approx(told, rel=1e-4, abs=1e-6)
+
+
+class Share(Processes):
+    """One of several processes that have not to wait for each other."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Same losses, same scores, same weights, for any number of them; and both fail if one does."""
+    script = Path(__file__).with_name("in_processes.py")
+    root = script.parents[2]
+    found = []
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        place = tmp_path / str(count)
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, str(script), str(place)], env=environment, cwd=root, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads((place / "found.json").read_text()))
+    one, two = found
+    assert (one["count"], two["count"]) == (1, 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["scores"] == pytest.approx(one["scores"], rel=1e-6)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
+    assert "q-1" in two["failure"]
+    assert two["failure"] == two["failure of the other"]
+    assert len(records_of(tmp_path / "2" / "run")) == len(records_of(tmp_path / "1" / "run"))
+
+
 def test_global_clipping_is_told(system: RecursiveSystem) -> None:
     parameters = system.trainable_parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     loop = OuterLoop(system, QUESTIONS, settings(max_grad_norm=1e-3))
-    loop.loss(1).backward()
+    sum(loop.losses(1)).backward()
     figures = loop.observe(1)
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1e-3)
     for name, link in system.all_links.items():
@@ -251,9 +317,9 @@ def test_a_curriculum_unrolls_its_rounds_in_its_steps() -> None:
 def test_a_curriculum_is_played(system: RecursiveSystem) -> None:
     chosen = settings(curriculum=(Phase(num_rounds=1, num_train_steps=2),), num_rounds=3)
     loop = OuterLoop(system, QUESTIONS, chosen)
-    assert loop.loss(1).item() == pytest.approx(mean_of(system, drawn(1), 1, 1), rel=1e-5)
+    assert sum(loop.losses(1)).item() == pytest.approx(mean_of(system, drawn(1), 1, 1), rel=1e-5)
     whole = sum(mean_of(system, drawn(2), round, 3) for round in (1, 2, 3)) / 3
-    assert loop.loss(2).item() == pytest.approx(whole, rel=1e-5)
+    assert sum(loop.losses(2)).item() == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -511,8 +577,8 @@ def test_messages_are_made_of_taught_thoughts_on_demand(system: RecursiveSystem)
 def test_the_latent_source_is_a_setting_of_the_loss(system: RecursiveSystem) -> None:
     losses = {}
     for source in ("rollout", "teacher"):
-        losses[source] = OuterLoop(system, QUESTIONS, settings(latent_source=source)).loss(0).item()
-    assert losses["rollout"] == OuterLoop(system, QUESTIONS, settings()).loss(0).item()
+        losses[source] = sum(OuterLoop(system, QUESTIONS, settings(latent_source=source)).losses(0)).item()
+    assert losses["rollout"] == sum(OuterLoop(system, QUESTIONS, settings()).losses(0)).item()
     assert losses["teacher"] != pytest.approx(losses["rollout"], rel=1e-6)
     fitted = train_outer(system, QUESTIONS, settings(num_train_steps=1, latent_source="teacher"))
     assert fitted.losses == [losses["teacher"]]
@@ -710,12 +776,12 @@ def go(
 ) -> tuple[Any, RecursiveSystem]:
     """Train; end at an event such as `loss 3` or `validate 2`."""
     system = make_system(prompts=FEW_WORDS, num_latent_steps=2, max_new_tokens=4)
-    loss = OuterLoop.loss
+    losses = OuterLoop.losses
     state = None if path is None else RunDirectory(path, {}).load("outer")
     done = [0 if state is None else len(state["losses"])]
 
-    def watched(self: OuterLoop, step: int) -> Tensor:
-        found = loss(self, step)
+    def watched(self: OuterLoop, step: int) -> list[Tensor]:
+        found = list(losses(self, step))
         if stop_at == f"loss {step}":
             raise error
         done[0] = step + 1
@@ -729,7 +795,7 @@ def go(
         return SCORES[done[0]]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OuterLoop, "loss", watched)
+        patch.setattr(OuterLoop, "losses", watched)
         run = None if path is None else RunDirectory(path, {})
         fitted = train_outer(system, QUESTIONS, chosen, anchors=anchors, validate=validate, seed=3, run=run)
     return fitted, system
@@ -782,7 +848,7 @@ def test_a_finished_outer_stage_returns_at_once(
     first, system = go(make_system, anchors, tmp_path, chosen=chosen.model_copy(update={"num_train_steps": 2}))
     assert (first.best_step, len(first.losses)) == (2, 2)
     log = (tmp_path / "metrics.jsonl").read_text()
-    monkeypatch.setattr(OuterLoop, "loss", lambda *given: pytest.fail("trained again"))
+    monkeypatch.setattr(OuterLoop, "losses", lambda *given: pytest.fail("trained again"))
     monkeypatch.setattr(RecursiveSystem, "run", lambda *given: pytest.fail("validated again"))
     again, same = go(make_system, anchors, tmp_path, chosen=chosen.model_copy(update={"num_train_steps": 2}))
     assert again == first

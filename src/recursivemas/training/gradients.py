@@ -88,16 +88,6 @@ class Backflow:
             total[name] = each.sum(dim=0)
         return total
 
-    def figures(self) -> dict[str, float]:
-        """Everything above in numbers: median and maximum over the samples, and the share that carries the sum."""
-        found: dict[str, float] = {}
-        groups = {"message": self.before, "message_clipped": self.after, "link": self.of_links()}
-        for group, places in groups.items():
-            for (name, round), norms in sorted(places.items()):
-                for statistic, value in statistics(norms).items():
-                    found[f"gradient/{group}/{name}/round {round}/{statistic}"] = value
-        return found
-
     def _cross(self, place: Place, gradient: Tensor) -> Tensor | None:
         """Backward, the message that is read last comes first: its norms are what the others are measured by."""
         norms = gradient.flatten(1).norm(dim=1).detach()
@@ -126,6 +116,21 @@ class _Call:
     def __init__(self, states: Tensor) -> None:
         self.states = states
         self.gradient: Tensor | None = None
+
+
+def figures(backflows: Sequence[Backflow]) -> dict[str, float]:
+    """All norms of the parts of a batch in numbers: median, maximum, and the share of samples that carries the sum."""
+    parts: dict[tuple[str, Place], list[Tensor]] = defaultdict(list)
+    for backflow in backflows:
+        groups = {"message": backflow.before, "message_clipped": backflow.after, "link": backflow.of_links()}
+        for group, places in groups.items():
+            for place, norms in places.items():
+                parts[group, place].append(norms)
+    return {
+        f"gradient/{group}/{name}/round {round}/{statistic}": value
+        for (group, (name, round)), norms in sorted(parts.items(), key=lambda item: item[0])
+        for statistic, value in statistics(torch.cat(norms)).items()
+    }
 
 
 def statistics(norms: Float[Tensor, " batch"]) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """The training loop: optimizer, schedule, validation, logging, resume. It knows no stage, no model and no data.
 
-A stage gives the loop its parameters and a function from the number of a step to its loss. Since everything random in
-a step follows from its number, a run that was killed and started again goes on as if nothing had happened: same
-losses, same weights (float32 on a CPU). A stage with a `Validation` ends with the weights that did best on it.
+A stage gives the loop its parameters and a function from the number of a step to its loss, whole or in parts. Since
+everything random in a step follows from its number, a run that was killed and started again goes on as if nothing had
+happened: same losses, same weights (float32 on a CPU). A stage with a `Validation` ends with the weights that did best
+on it.
 """
 
 import json
@@ -11,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,10 @@ from torch import Tensor, nn
 
 from recursivemas.config import Config
 from recursivemas.errors import ConfigError, NumericsError, OutputError
+from recursivemas.training.processes import Processes
 
+Losses = Tensor | Iterable[Tensor]
+"""The loss of a step, or parts that add up to it: gradients of one are computed before the next is made."""
 Progress = Callable[[str, int, int, dict[str, float]], None]
 """Told the stage, steps done, steps in all, and the latest figures."""
 
@@ -82,12 +86,16 @@ class Fitted:
 class RunDirectory:
     """Where a training run keeps its metrics and its state, so that it can be watched and resumed."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, tensorboard: bool = False) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], *, tensorboard: bool = False, is_first: bool = True
+    ) -> None:
         """Open or create the directory. Raises `ConfigError` if it belongs to a run with other settings.
 
-        With `tensorboard` metrics also go to event files in `PATH/tensorboard`, if TensorBoard is installed.
+        With `tensorboard` metrics also go to event files in `PATH/tensorboard`, if TensorBoard is installed. Of several
+        processes that share a run all read its state, and the first alone (`is_first`) writes.
         """
         self.path = path
+        self._writes = is_first
         self._writers: dict[str, Any] = {}
         self._tensorboard = tensorboard
         record = path / "config.json"
@@ -96,7 +104,7 @@ class RunDirectory:
             (path / "state").mkdir(parents=True, exist_ok=True)
             if record.exists():
                 _refuse_changes(json.loads(record.read_text(encoding="utf-8")), json.loads(text), path)
-            else:
+            elif self._writes:
                 write_atomically(record, text.encode())
         except (OSError, ValueError) as error:
             raise OutputError(f"cannot use {path} as the directory of a training run: {error}") from None
@@ -120,6 +128,8 @@ class RunDirectory:
 
     def save(self, stage: str, state: dict[str, Any]) -> None:
         """Replace the saved state of a stage, at once or not at all."""
+        if not self._writes:
+            return
         draft = self._state_file(stage).with_suffix(".draft")
         try:
             torch.save(state, draft)
@@ -130,6 +140,8 @@ class RunDirectory:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
+        if not self._writes:
+            return
         try:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
@@ -157,7 +169,7 @@ class RunDirectory:
     def forget(self, stage: str, after: int) -> None:
         """Drop the records of a stage after a step: they will be written again."""
         file = self.path / "metrics.jsonl"
-        if not file.exists():
+        if not file.exists() or not self._writes:
             return
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [each for each in records if each.get("stage") != stage or each.get("step", 0) <= after]
@@ -167,10 +179,13 @@ class RunDirectory:
         return self.path / "state" / f"{_file_name(stage)}.pt"
 
 
+ALONE = Processes()
+
+
 def fit(
     stage: str,
     parameters: Mapping[str, nn.Parameter],
-    loss_of_step: Callable[[int], Tensor],
+    loss_of_step: Callable[[int], Losses],
     settings: LoopSettings,
     *,
     lr_ratios: Mapping[str, float] | None = None,
@@ -178,8 +193,12 @@ def fit(
     validation: Validation | None = None,
     run: RunDirectory | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Fitted:
     """Train `parameters` in place.
+
+    With several `processes` each computes its part of every loss, and of every validation; gradients and losses are
+    added up.
 
     `lr_ratios` gives parameters a share of the learning rate of their own. `observe` is called after every backward
     pass, before gradients are clipped; what it returns is logged. With a `validation` the weights at the end are those
@@ -189,7 +208,7 @@ def fit(
     Raises `NumericsError` before an update with a loss or gradient that is not finite, and when the loss has grown
     beyond `max_loss_ratio`; the weights are then the best so far, or without a validation those of the step before.
     """
-    job = _Fitting(stage, parameters, settings, lr_ratios or {}, validation, run)
+    job = _Fitting(stage, parameters, settings, lr_ratios or {}, validation, run, processes)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     done = job.fitted
@@ -199,8 +218,7 @@ def fit(
             job.validate(progress)
         job.is_whole = True
         for step in range(first, settings.num_train_steps if done.stopped is None else first):
-            loss = loss_of_step(step)
-            figures = job.update(step, loss, observe)
+            figures = job.update(step, loss_of_step, observe)
             is_last = step + 1 == settings.num_train_steps
             job.judge(is_last, progress)
             if is_last or done.stopped or (step + 1) % settings.log_every == 0:
@@ -244,8 +262,10 @@ class _Fitting:
         lr_ratios: Mapping[str, float],
         validation: Validation | None,
         run: RunDirectory | None,
+        processes: Processes,
     ) -> None:
         self.stage = stage
+        self.processes = processes
         self.parameters = parameters
         self.settings = settings
         self.validation = validation
@@ -266,19 +286,28 @@ class _Fitting:
         if run is not None:
             self._resume(run)
 
-    def update(self, step: int, loss: Tensor, observe: Callable[[int], dict[str, float]] | None) -> dict[str, float]:
+    def update(
+        self,
+        step: int,
+        loss_of_step: Callable[[int], Losses],
+        observe: Callable[[int], dict[str, float]] | None,
+    ) -> dict[str, float]:
         """One step of the optimizer; return what is known of it."""
         lr = learning_rate(step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["ratio"]
         self.optimizer.zero_grad()
-        loss.backward()
-        observed = observe(step) if observe is not None else {}
+        with self.processes.together():
+            loss = self._backward(loss_of_step(step))
+        loss = self.processes.total(loss)
+        self.processes.add(self._gradients())
+        with self.processes.together():
+            observed = observe(step) if observe is not None else {}
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
         losses = self.fitted.losses
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise NumericsError(
-                f"{self.stage}: the loss ({loss.item()}) or its gradient (norm {norm.item()}) is not finite at step "
+                f"{self.stage}: the loss ({loss}) or its gradient (norm {norm.item()}) is not finite at step "
                 f"{step + 1}. Lower the learning rate ({self.settings.lr})."
             )
         ratio = self.settings.max_loss_ratio or math.inf
@@ -289,8 +318,25 @@ class _Fitting:
             )
         self.is_whole = False
         self.optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss)
         return {"loss": losses[-1], "grad_norm": norm.item(), "lr": lr, **observed}
+
+    @staticmethod
+    def _backward(losses: Losses) -> float:
+        """Compute the gradients of a loss, or of each of its parts; return the loss."""
+        total = 0.0
+        for part in [losses] if isinstance(losses, Tensor) else losses:
+            part.backward()
+            total += part.item()
+        return total
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradient of every parameter, in one order in all processes; zeros where nothing has arrived."""
+        if self.processes.count > 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
     def judge(self, is_last: bool, progress: Progress | None) -> None:
         """Validate when it is time, and see whether to go on."""

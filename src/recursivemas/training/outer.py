@@ -9,7 +9,7 @@ every link; the language models stay as they are. Every part of the loss, and ev
 reason (see `OuterSettings`). Knows a system and questions with answers; knows nothing of where these come from.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,8 +27,9 @@ from recursivemas.recursion import PlayedTurn
 from recursivemas.system import RecursiveSystem
 from recursivemas.training.alignment import AlignmentPairs, alignment_loss
 from recursivemas.training.data import Question
-from recursivemas.training.gradients import Backflow, say_samples
-from recursivemas.training.loop import Fitted, LoopSettings, Progress, RunDirectory, Validation, fit
+from recursivemas.training.gradients import Backflow, figures, say_samples
+from recursivemas.training.loop import ALONE, Fitted, LoopSettings, Progress, RunDirectory, Validation, fit
+from recursivemas.training.processes import Processes
 
 
 class Phase(Config):
@@ -48,6 +49,9 @@ class OuterSettings(LoopSettings):
     save_every: int = Field(default=25, ge=1)
     batch_size: int = Field(default=32, ge=1)
     """Questions of each step."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Questions that are unrolled at the same time: memory grows with them, and the loss is the same. By default all
+    questions of the step."""
     num_samples: int = Field(default=16384, ge=1)
     """Questions of the training split that steps draw from."""
     trained: Literal["outer", "inner+outer"] = "inner+outer"
@@ -128,9 +132,10 @@ class OuterLoop:
     seed: int = 0
     anchors: Mapping[str, AlignmentPairs] = field(default_factory=dict)
     """Pairs of each edge for the alignment loss."""
+    processes: Processes = ALONE
     _figures: dict[str, float] = field(default_factory=dict)
-    _backflow: Backflow | None = None
-    _names: list[str] = field(default_factory=list)
+    _backflows: list[tuple[list[str], Backflow]] = field(default_factory=list)
+    """Of every part of the batch: the names of its questions, and what flowed back."""
     _within_reach: dict[int, Sequence[Question]] = field(default_factory=dict)
 
     @property
@@ -138,28 +143,45 @@ class OuterLoop:
         """Rounds that are unrolled in the end."""
         return self.settings.num_rounds or self.system.settings.num_rounds
 
-    def loss(self, step: int) -> Float[Tensor, ""]:
-        """The loss of a step; everything random in it follows from its number."""
+    def losses(self, step: int) -> Iterator[Float[Tensor, ""]]:
+        """The loss of a step, in parts that add up to it; everything random in it follows from its number.
+
+        Every part is that of some questions (`micro_batch_size`) of this process's share of the batch; the last one is
+        that of the anchor, which the first process computes.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         num_rounds = self.settings.rounds_at(step, self.num_rounds)
         within = self.within_reach(num_rounds)
         rows = torch.randint(len(within), (self.settings.batch_size,), generator=generator).tolist()
         batch = [within[row] for row in rows]
-        self._names = [question.id for question in batch]
-        self._backflow = Backflow(trained_links(self.system, self.settings), clip=self.settings.clip_messages)
         weights = self.settings.weights_of(num_rounds)
-        losses = self.losses_by_round(batch, weights, self._backflow)
-        means = {}
-        for round, loss in losses.items():
-            known = torch.tensor([question.rounds <= round for question in batch], device=loss.device)
-            means[round] = (loss * known).sum() / known.sum().clamp(min=1)
-        self._figures = {f"loss/round {round}": each.item() for round, each in means.items()}
-        total = torch.stack([weights[round] * each for round, each in means.items()]).sum()
-        if self.settings.anchor and self.anchors:
+        # Every question weighs what it weighs in the mean over the whole batch, in whichever part it comes.
+        known = {round: max(sum(question.rounds <= round for question in batch), 1) for round in weights}
+        self._figures = {f"loss/round {round}": 0.0 for round in weights}
+        self._backflows = []
+        own = self.processes.share(batch)
+        size = self.settings.micro_batch_size or len(batch)
+        for start in range(0, len(own), size):
+            yield self._part(own[start : start + size], weights, known)
+        if self.settings.anchor and self.anchors and self.processes.is_first:
             anchor = self._anchor_loss(generator)
             self._figures["loss/anchor"] = anchor.item()
-            total = total + self.settings.anchor * anchor
-        return total
+            yield self.settings.anchor * anchor
+
+    def _part(
+        self, batch: Sequence[Question], weights: Mapping[int, float], known: Mapping[int, int]
+    ) -> Float[Tensor, ""]:
+        """What some questions of a batch, of which so many count in each round, add to its loss."""
+        backflow = Backflow(trained_links(self.system, self.settings), clip=self.settings.clip_messages)
+        names = [question.id for question in batch]
+        self._backflows.append((names, backflow))
+        parts = []
+        for round, losses in self.losses_by_round(batch, weights, backflow).items():
+            counts = torch.tensor([question.rounds <= round for question in batch], device=losses.device)
+            mean = (losses * counts).sum() / known[round]
+            self._figures[f"loss/round {round}"] += mean.item()
+            parts.append(weights[round] * mean)
+        return torch.stack(parts).sum()
 
     def within_reach(self, num_rounds: int) -> Sequence[Question]:
         """The questions whose answers so many rounds can find. Raises `ConfigError` if there is none."""
@@ -192,11 +214,14 @@ class OuterLoop:
 
     def observe(self, step: int) -> dict[str, float]:
         """Figures of the step whose gradients have just been computed. Raises `NumericsError` naming what is wrong."""
-        if self._backflow is not None:
-            self._backflow.check(self._names)
-            if (step + 1) % self.settings.log_every == 0:
-                self._figures |= self._backflow.figures()
-                self._figures |= self._link_figures()
+        for names, backflow in self._backflows:
+            backflow.check(names)
+        shares = self.processes.gather(self._figures)
+        self._figures = {name: sum(each.get(name, 0.0) for each in shares) for name in shares[0]}
+        if (step + 1) % self.settings.log_every == 0:
+            # Of this process's share: sample by sample, so that it says enough.
+            self._figures |= figures([backflow for _, backflow in self._backflows])
+            self._figures |= self._link_figures()
         return self._figures
 
     def _link_figures(self) -> dict[str, float]:
@@ -220,7 +245,7 @@ class OuterLoop:
         if not bool(losses.isfinite().all()):
             raise NumericsError(
                 f"the loss of the {played.turn.role}'s answer in round {played.turn.round} is not finite for "
-                f"{say_samples((~losses.isfinite()).tolist(), self._names)}."
+                f"{say_samples((~losses.isfinite()).tolist(), [question.id for question in batch])}."
             )
         return losses
 
@@ -291,6 +316,7 @@ def train_outer(
     seed: int = 0,
     run: RunDirectory | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Fitted:
     """Train the links of a system in place through its own recursion; they end as they did best on validation.
 
@@ -300,7 +326,7 @@ def train_outer(
     check_outer(system, settings)
     if not questions:
         raise InputError("there are no questions for the outer loop")
-    loop = OuterLoop(system, questions, settings, seed, anchors or {})
+    loop = OuterLoop(system, questions, settings, seed, anchors or {}, processes)
     for link in system.all_links.values():
         link.float()
     trained = trained_links(system, settings)
@@ -313,11 +339,12 @@ def train_outer(
     return fit(
         "outer",
         parameters,
-        loop.loss,
+        loop.losses,
         settings,
         lr_ratios=learning_rate_ratios(system, settings),
         observe=loop.observe,
         validation=validation,
         run=run,
         progress=progress,
+        processes=processes,
     )
