@@ -10,12 +10,12 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
 )
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jaxtyping
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from recursivemas.models import LanguageModel
@@ -55,12 +55,17 @@ SIZES = {
 }
 
 
-def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with the family's toy chat template."""
+def make_tokenizer(
+    family: str, *, chat_template: str | None = None, special_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with the family's toy chat template, or another with special tokens of its own.
+
+    Like many real ones it begins whatever it is given with <|bos|>, if that is one of them, unless told not to.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|mid|>"]
+    special = ["<|pad|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|mid|>", *special_tokens]
     trainer = trainers.BpeTrainer(
         vocab_size=SIZES[family]["vocab_size"],
         special_tokens=special,
@@ -68,10 +73,14 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|eos|>", extra_special_tokens=special[2:]
-    )
-    fast.chat_template = CHAT_TEMPLATES[family]
+    roles = {"pad_token": "<|pad|>", "eos_token": "<|eos|>"}
+    if "<|bos|>" in special:
+        roles["bos_token"] = "<|bos|>"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.token_to_id("<|bos|>"))]
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=special[2:], **roles)
+    fast.chat_template = chat_template or CHAT_TEMPLATES[family]
     return fast
 
 
@@ -143,3 +152,18 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many cases of the exactness matrix were run, and over which families."""
+    place = "tests/families/test_matrix.py::"
+    outcomes = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed")}
+    cases = {name: [each.nodeid for each in reports if place in each.nodeid] for name, reports in outcomes.items()}
+    ids = [nodeid.partition("[")[2].rstrip("]") for nodeids in cases.values() for nodeid in nodeids]
+    if ids:
+        from tests.families.table import FAMILIES
+
+        known = sorted([*FAMILIES, "mixed"], key=len, reverse=True)
+        rows = {next((name for name in known if name in each), "") for each in ids} - {""}
+        failed = f", {len(cases['failed'])} failed" if cases["failed"] else ""
+        terminalreporter.write_line(f"exactness matrix: {len(ids)} cases over {len(rows)} families{failed}")

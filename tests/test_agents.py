@@ -1,8 +1,11 @@
 """Agent: how a prompt with messages in it is read, and what follows from it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.conftest import make_model
+from tests.families.table import load_family
 from torch import Tensor
 
 from recursivemas.agents import Agent, Message, PrefixStore, Reading
@@ -15,9 +18,12 @@ from recursivemas.prompts import Slot
 PROMPT = ("A plan by ", Slot("planner"), " and an answer by ", Slot("solver"), " at dawn.")
 
 
-@pytest.fixture(params=["qwen3", "llama", "mistral"])
-def agent(request: pytest.FixtureRequest, tiny_models: dict[str, LanguageModel]) -> Agent:
-    model = make_model("mistral", 1, sliding_window=8) if request.param == "mistral" else tiny_models[request.param]
+@pytest.fixture(params=["qwen3", "llama", "mistral", "qwen3_5"])
+def agent(request: pytest.FixtureRequest, tiny_models: dict[str, LanguageModel], tmp_path: Path) -> Agent:
+    if request.param == "qwen3_5":
+        model = load_family("qwen3_5", tmp_path)
+    else:
+        model = make_model("mistral", 1, sliding_window=8) if request.param == "mistral" else tiny_models[request.param]
     return Agent("critic", model, RecursiveLink.inner(model.hidden_size))
 
 

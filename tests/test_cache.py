@@ -1,22 +1,29 @@
-"""LatentCache: steps, forks, selections and merges are exact for every family."""
+"""LatentCache: steps, forks, selections and merges are exact for every kind of layer."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from tests.conftest import make_model
+from tests.families.table import load_family
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from recursivemas.cache import LatentCache
+from recursivemas.cache import LatentCache, RecurrentLayer
 from recursivemas.errors import ModelError
 from recursivemas.models import LanguageModel
 
 WINDOW = 8
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama", "qwen2", "mistral"])
-def model(request: pytest.FixtureRequest, tiny_models: dict[str, LanguageModel]) -> LanguageModel:
+@pytest.fixture(scope="module", params=["qwen3", "llama", "qwen2", "mistral", "qwen3_5"])
+def model(
+    request: pytest.FixtureRequest, tiny_models: dict[str, LanguageModel], tmp_path_factory: pytest.TempPathFactory
+) -> LanguageModel:
     if request.param == "mistral":
         return make_model("mistral", 3, sliding_window=WINDOW)
+    if request.param == "qwen3_5":
+        return load_family("qwen3_5", tmp_path_factory.mktemp("checkpoint"))
     return tiny_models[request.param]
 
 
@@ -111,6 +118,14 @@ def test_merging_leaves_the_parts_as_they_were(model: LanguageModel) -> None:
     assert close(model.step(cache, more), uncached(model, torch.cat([short, more], dim=1))[:, -2:])
 
 
+def test_rows_that_have_read_nothing_merge_with_others(model: LanguageModel) -> None:
+    start, more = draw(model, 1, 9), draw(model, 3, 3, seed=5)
+    merged = LatentCache.merge([model.new_cache(2), read(model, start)[0]])
+    found = model.step(merged, more)
+    assert close(found[:2], uncached(model, more[:2]))
+    assert close(found[2], uncached(model, torch.cat([start[0], more[2]])[None])[0, -3:])
+
+
 def test_a_merge_of_one_is_a_fork(model: LanguageModel) -> None:
     start = draw(model, 2, 5)
     cache, _ = read(model, start)
@@ -154,11 +169,26 @@ def test_gradients_flow_through_steps_forks_selections_and_merges(model: Languag
         assert close(gradient, other)
 
 
-def test_a_cache_that_cannot_be_merged_exactly_is_refused() -> None:
-    class Recurrent(PretrainedConfig):
-        model_type = "recurrent"
-        num_hidden_layers = 1
-        layer_types = ["linear_attention"]
+def test_a_recurrent_state_is_replaced_and_never_written_into(tmp_path: Path) -> None:
+    model = load_family("qwen3_5", tmp_path)
+    cache, _ = read(model, draw(model, 2, 5))
+    layers = [layer for layer in cache.past_key_values.layers if isinstance(layer, RecurrentLayer)]
+    assert cache.is_recurrent
+    assert layers
+    before = [(layer.conv_states[0].clone(), layer.recurrent_states[0].clone()) for layer in layers]
+    fork = cache.fork()
+    for length in (1, 3):
+        model.step(fork, draw(model, 2, length, seed=length))
+    for layer, (conv, recurrent) in zip(layers, before, strict=True):
+        assert torch.equal(layer.conv_states[0], conv)
+        assert torch.equal(layer.recurrent_states[0], recurrent)
 
-    with pytest.raises(ModelError, match="recurrent model has a layer of the kind"):
-        LatentCache.new(Recurrent(), 1, torch.device("cpu"))
+
+def test_a_cache_that_cannot_be_merged_exactly_is_refused() -> None:
+    class Both(PretrainedConfig):
+        model_type = "both"
+        num_hidden_layers = 1
+        layer_types = ["hybrid"]
+
+    with pytest.raises(ModelError, match="both model has a layer of the kind LinearAttentionAndFullAttentionLayer"):
+        LatentCache.new(Both(), 1, torch.device("cpu"))

@@ -1,12 +1,13 @@
 """Channels: which messages there are, and how often a sender works for them."""
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 
 from recursivemas.agents import Agent
-from recursivemas.channels import CHANNELS, choose_channels, emit
+from recursivemas.channels import CHANNELS, Sender, choose_channels, emit
 from recursivemas.decoding import SamplingParams
 from recursivemas.errors import ConfigError
 from recursivemas.links import RecursiveLink
@@ -28,6 +29,18 @@ def test_one_name_is_for_all_edges_and_a_mapping_for_each() -> None:
     assert choose_channels("text", EDGES) == dict.fromkeys(EDGES, CHANNELS["text"])
     chosen = choose_channels({"planner->critic": "text", "planner->solver": "none"}, EDGES)
     assert [channel.name for channel in chosen.values()] == ["text", "none"]
+
+
+def test_a_star_names_the_channel_of_all_other_edges() -> None:
+    chosen = choose_channels({"planner->critic": "text", "*": "latent"}, EDGES)
+    assert {edge: channel.name for edge, channel in chosen.items()} == {EDGES[0]: "text", EDGES[1]: "latent"}
+    assert choose_channels({"*": "both"}, EDGES) == choose_channels("both", EDGES)
+    with pytest.raises(ConfigError, match="'planner->solver'; name one for every edge, or with '\\*' for all others"):
+        choose_channels({"planner->critic": "text"}, EDGES)
+    with pytest.raises(ConfigError, match="unknown edge 'planer->critic': did you mean 'planner->critic'"):
+        choose_channels({"planer->critic": "text", "*": "latent"}, EDGES)
+    with pytest.raises(ConfigError, match="unknown channel 'txt': did you mean 'text'"):
+        choose_channels({"planner->critic": "text", "*": "txt"}, EDGES)
 
 
 def test_an_unknown_name_in_a_mapping_is_refused() -> None:
@@ -52,18 +65,23 @@ def test_a_sender_thinks_and_writes_once_for_all_its_readers(
             return method(*args, **options)
 
         monkeypatch.setattr(Agent, name, counted)
-    messages, replies = emit(
-        agent,
-        reading,
-        {EDGES[0]: CHANNELS["both"], EDGES[1]: CHANNELS["latent"]},
+    phases: list[tuple[list[str], str]] = []
+
+    def phase(roles: Sequence[str], name: str) -> AbstractContextManager[None]:
+        phases.append((list(roles), name))
+        return nullcontext()
+
+    channels = {EDGES[0]: CHANNELS["both"], EDGES[1]: CHANNELS["latent"]}
+    [(messages, replies)] = emit(
+        [Sender("planner", agent, reading, channels, ["key"])],
         links,
         num_latent_steps=3,
         sampling=SamplingParams(max_new_tokens=4),
-        keys=["key"],
         through_inner_link=through_inner_link,
         in_words=False,
-        phase=lambda name: nullcontext(),
+        phase=phase,
     )
+    assert phases == [(["planner"], name) for name in ("latent", "decode", "link", "link")]
     assert calls == ["think", "speak"]
     thoughts = agent.think(reading, 3)
     for edge, message in messages.items():

@@ -89,6 +89,7 @@ def test_an_override_that_cannot_be_read_is_refused(assignment: str, message: st
     ("content", "message"),
     [
         ("a: [1\nb: 2\n", "line 2: not valid YAML"),
+        ("a: 1\nb: {c: 1, c: 2}\n", "settings.yaml:2: 'c' is given twice, first in line 2"),
         ("- 1\n", "expected a mapping of settings, found list"),
         ("", "expected a mapping of settings, found NoneType"),
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),

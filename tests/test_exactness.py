@@ -1,7 +1,8 @@
 """A question's latents and its greedy answer are the same alone, in a batch, in any order, with any padding.
 
-What is compared with: the same question alone; readable references that use nothing of the package but the links and
-call transformers without a cache; and, so that the checks are known to have teeth, planted faults that must be caught.
+On systems of several families at once, with the bundled prompts; every family by itself is in families/test_matrix.py.
+What is compared with: the same question alone; the readable references of families/reference.py; and, so that the checks
+are known to have teeth, planted faults that must be caught.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,15 +11,26 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import make_model
+from tests.families.reference import (
+    TOLERANCE,
+    assert_equals_reference,
+    assert_exact,
+    assert_same,
+    distance,
+    generate,
+    model_of,
+    play_by_hand,
+    reply_loss,
+    sender,
+)
 from torch import Tensor
 
 from recursivemas.agents import Agent, PrefixStore, Reading
 from recursivemas.cache import LatentCache
 from recursivemas.decoding import SamplingParams
 from recursivemas.models import LanguageModel
-from recursivemas.system import RecursiveSystem, Result
+from recursivemas.system import RecursiveSystem
 
-TOLERANCE = 1e-4
 MakeSystem = Callable[..., RecursiveSystem]
 
 # Slots come before the question here, so continuations differ in length from row to row.
@@ -38,125 +50,11 @@ def sliding_models() -> dict[str, LanguageModel]:
     return {role: make_model("mistral", seed, sliding_window=24) for seed, role in enumerate(roles)}
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
-
-
-def assert_same(found: Result, expected: Result) -> None:
-    """Same messages, in the same order, and the same text."""
-    assert [(m.round, m.source, m.target, m.text) for m in found.trace.messages] == [
-        (m.round, m.source, m.target, m.text) for m in expected.trace.messages
-    ]
-    for message, other in zip(found.trace.messages, expected.trace.messages, strict=True):
-        latents, others = message.tensor(), other.tensor()
-        assert (latents is None) == (others is None)
-        if latents is not None and others is not None:
-            assert distance(latents, others) <= TOLERANCE, f"{message.source}->{message.target}, round {message.round}"
-    assert found.text == expected.text
-    assert found.finished == expected.finished
-
-
-def assert_exact(system: RecursiveSystem, questions: Sequence[str], **options: Any) -> None:
-    """Alone = in a batch = in the opposite order beside a very long question = in small batches."""
-    alone = [system.run(question, trace="full", **options) for question in questions]
-    very_long = "The fox runs over the river, and then " * 12 + "where is it?"
-    arrangements = [
-        system.run(questions, trace="full", **options),
-        system.run([*questions[::-1], very_long], trace="full", **options)[-2::-1],
-        system.run(questions, trace="full", batch_size=2, **options),
-    ]
-    for arrangement in arrangements:
-        for found, expected in zip(arrangement, alone, strict=True):
-            assert_same(found, expected)
-
-
-# References: transformers, lists of embeddings, and nothing of ours but the links
-
-
-def token_ids(model: LanguageModel, text: str) -> list[int]:
-    return list(model.tokenizer.encode(text, add_special_tokens=False)) if text else []
-
-
-def embedded(model: LanguageModel, pieces: Sequence[str | Tensor]) -> Tensor:
-    """Pieces of text, each tokenised on its own, and latents, as one sequence of input embeddings."""
-    table = model.network.get_input_embeddings()
-    return torch.cat([table(torch.tensor(token_ids(model, p))) if isinstance(p, str) else p for p in pieces if len(p)])
-
-
-def prompt(system: RecursiveSystem, role: str, template: str, question: str, message: str | Tensor) -> Tensor:
-    """The words of the bundled prompts, rendered by the tokenizer itself, with a message in their only slot."""
-    text = getattr(system.prompts.roles[role], template).replace("{instructions}", "")
-    head, *tail = text.replace("{question}", question).replace("{latents:", "<SLOT>{").split("<SLOT>")
-    marked = head + "".join("@@@" + piece.partition("}")[2] for piece in tail)
-    model = system.agents[role].model
-    rendered = model.tokenizer.apply_chat_template(
-        [{"role": "user", "content": marked}], tokenize=False, add_generation_prompt=True
-    )
-    before, *after = rendered.split("@@@")
-    return embedded(model, [before, message, *after] if after else [before])
-
-
-def last_states(model: LanguageModel, inputs_embeds: Tensor) -> Tensor:
-    return model.network.get_decoder()(inputs_embeds=inputs_embeds[None], use_cache=False).last_hidden_state[0]
-
-
-def say(model: LanguageModel, inputs_embeds: Tensor, max_new_tokens: int) -> str:
-    """Greedy text by transformers' own `generate`, which returns only the new tokens when it is given embeddings."""
-    ends = [model.tokenizer.convert_tokens_to_ids(token) for token in ("<|eos|>", "<|im_end|>")]
-    with torch.no_grad():
-        new = model.network.generate(
-            inputs_embeds=inputs_embeds[None],
-            attention_mask=torch.ones(1, len(inputs_embeds), dtype=torch.long),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=model.tokenizer.pad_token_id,
-        )
-    return str(model.tokenizer.decode(new[0], skip_special_tokens=True))
-
-
-def think(system: RecursiveSystem, edge: str, inputs_embeds: Tensor, num_latent_steps: int) -> Tensor:
-    """The message that the sender of an edge thinks: eq. 1 without a cache, then eq. 3 and eq. 4."""
-    role = edge.split("->")[0]
-    model, inner = system.agents[role].model, system.agents[role].inner_link
-    thoughts: list[Tensor] = []
-    for _ in range(num_latent_steps):
-        thoughts.append(last_states(model, inputs_embeds)[-1])
-        inputs_embeds = torch.cat([inputs_embeds, inner(thoughts[-1])[None]])
-    return system.links[edge](inner(torch.stack(thoughts)))
-
-
-def play_by_hand(
-    system: RecursiveSystem, question: str, send: Callable[[str, Tensor], Any], num_rounds: int
-) -> tuple[dict[tuple[int, str], Any], Tensor]:
-    """The sequential pattern, spelled out. Returns every message and the last prompt of the solver."""
-    sent: dict[tuple[int, str], Any] = {}
-    for round in range(1, num_rounds + 1):
-        first = round == 1
-        feedback = "" if first else sent[round - 1, "solver->planner"]
-        reading = prompt(system, "planner", "first" if first else "later", question, feedback)
-        sent[round, "planner->critic"] = send("planner->critic", reading)
-        reading = prompt(system, "critic", "always", question, sent[round, "planner->critic"])
-        sent[round, "critic->solver"] = send("critic->solver", reading)
-        if round < num_rounds:
-            reading = prompt(system, "solver", "always", question, sent[round, "critic->solver"])
-            sent[round, "solver->planner"] = send("solver->planner", reading)
-    return sent, prompt(system, "solver", "last", question, sent[num_rounds, "critic->solver"])
-
-
-def assert_equals_reference(system: RecursiveSystem, question: str, num_rounds: int, num_latent_steps: int) -> None:
+def assert_played_by_hand(system: RecursiveSystem, question: str, num_rounds: int, num_latent_steps: int) -> None:
     """The latent messages and the answer of `run` are those of the system played by hand."""
-    with torch.no_grad():
-        sent, reading = play_by_hand(
-            system, question, lambda edge, embeds: think(system, edge, embeds, num_latent_steps), num_rounds
-        )
-    result = system.run(question, num_rounds=num_rounds, num_latent_steps=num_latent_steps, trace="full")
-    assert len(result.trace.messages) == len(sent)
-    for message in result.trace.messages:
-        expected = sent[message.round, f"{message.source}->{message.target}"]
-        assert distance(result.trace.message(message.round, message.source, message.target), expected) <= TOLERANCE
-    assert result.text == say(system.agents["solver"].model, reading, 12)
+    loop: dict[str, Any] = {"num_rounds": num_rounds, "num_latent_steps": num_latent_steps}
+    result = system.run(question, trace="full", **loop)
+    assert_equals_reference(system, result, question, max_new_tokens=12, **loop)
 
 
 # What must hold
@@ -263,13 +161,13 @@ def test_latent_messages_equal_a_system_played_by_hand(
     system: RecursiveSystem, questions: list[str], num_rounds: int
 ) -> None:
     for question in questions[:2]:
-        assert_equals_reference(system, question, num_rounds, 3)
+        assert_played_by_hand(system, question, num_rounds, 3)
 
 
 def test_sliding_windows_equal_a_system_played_by_hand(
     make_system: MakeSystem, sliding_models: dict[str, LanguageModel], questions: list[str]
 ) -> None:
-    assert_equals_reference(make_system(agents=sliding_models), questions[0], 2, 3)
+    assert_played_by_hand(make_system(agents=sliding_models), questions[0], 2, 3)
 
 
 @pytest.mark.parametrize("num_rounds", [1, 3])
@@ -279,24 +177,14 @@ def test_the_text_channel_equals_a_loop_over_transformers_generate(
     results = system.run(questions[:3], channel="text", num_rounds=num_rounds)
     for question, result in zip(questions[:3], results, strict=True):
         sent, reading = play_by_hand(
-            system,
-            question,
-            lambda edge, embeds: say(system.agents[edge.split("->")[0]].model, embeds, 12),
-            num_rounds,
+            system, question, lambda edge, embeds: [generate(model_of(system, edge), embeds, 12)], num_rounds
         )
-        found = {(m.round, f"{m.source}->{m.target}"): m.text for m in result.trace.messages}
+        found = {(m.round, f"{m.source}->{m.target}"): [m.text] for m in result.trace.messages}
         assert found == sent
-        assert result.text == say(system.agents["solver"].model, reading, 12)
+        assert result.text == generate(system.agents["solver"].model, reading, 12)
 
 
 # Gradients
-
-
-def reply_loss(model: LanguageModel, reading: Tensor, answer: str) -> Tensor:
-    """Eq. 6 by hand: mean cross-entropy of the answer's tokens and the end-of-reply token."""
-    labels = [*token_ids(model, answer), model.tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    states = last_states(model, torch.cat([reading, embedded(model, [answer])]))[len(reading) - 1 :]
-    return torch.nn.functional.cross_entropy(model.network.lm_head(states), torch.tensor(labels))
 
 
 @pytest.mark.parametrize("num_rounds", [1, 2])
@@ -318,7 +206,7 @@ def test_gradients_of_unroll_equal_those_of_a_system_unrolled_by_hand(
 
     losses = []
     for question, answer in zip(questions[:2], answers, strict=True):
-        _, reading = play_by_hand(system, question, lambda edge, embeds: think(system, edge, embeds, 3), num_rounds)
+        _, reading = play_by_hand(system, question, sender(system, "latent", 3, 0), num_rounds)
         losses.append(reply_loss(solver, reading, answer))
     expected = torch.autograd.grad(torch.stack(losses).sum(), list(parameters.values()))
 
@@ -443,7 +331,7 @@ def test_embeddings_that_are_scaled_twice_are_caught(
     # A batch is no less exact for it: only the reference can tell.
     assert_exact(system, questions[:2], num_rounds=1)
     with pytest.raises(AssertionError):
-        assert_equals_reference(system, questions[0], 1, 2)
+        assert_played_by_hand(system, questions[0], 1, 2)
 
 
 def test_a_latent_step_too_many_is_caught(
@@ -454,4 +342,4 @@ def test_a_latent_step_too_many_is_caught(
         Agent, "think", lambda self, reading, steps, **options: think_on(self, reading, steps + 1)[:, 1:]
     )
     with pytest.raises(AssertionError):
-        assert_equals_reference(system, questions[0], 1, 2)
+        assert_played_by_hand(system, questions[0], 1, 2)

@@ -1,5 +1,6 @@
 """The examples run as they stand, and show what they say."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,48 @@ def test_two_agents_by_hand() -> None:
     assert len(broken) == 3
     assert text > alone
     assert fitted > max(broken)
+
+
+def test_mixture() -> None:
+    printed = run("mixture.py")
+    assert "stage 2  └┄ summarizer (answers) ◀┘" in printed
+    assert "round 1  summarizer->code: (4, 48)" in printed
+    written = re.search(
+        r"tokens written in round 1: \{'math': 0, 'science': 0, 'code': (\d+), 'summarizer': 0\}", printed
+    )
+    assert written
+    assert int(written[1]) > 0
+
+
+def test_distillation() -> None:
+    printed = run("distillation.py")
+    assert "link expert->learner: 64 -> 32 dimensions" in printed
+    assert "latent  the expert thinks 16 latent steps and writes 0 tokens" in printed
+    assert re.search(r"text    the expert thinks 0 latent steps and writes [1-9]\d* tokens", printed)
+
+
+def test_deliberation() -> None:
+    printed = run("deliberation.py")
+    assert "What your partner thinks: {latents:reflector}" in printed
+    assert "3 rounds: 5 messages, 20 latent steps" in printed
+    changed = re.search(r"second message is (\d+)% different", printed)
+    assert changed
+    assert int(changed[1]) > 0
+
+
+def test_five_roles() -> None:
+    printed = run("five_roles.py")
+    assert "faults: none" in printed
+    assert "stage 4  └┄ solver (answers) ◀──┘" in printed
+    before, after = map(float, re.findall(r"(\d\.\d\d) (?:before|after)", printed))
+    assert after < before
+    assert "31 tensors of links were trained; not moved: none" in printed
+    answer = re.search(r"answer '(.*)', after loading '(.*)'", printed)
+    assert answer
+    assert answer[1] == answer[2]
+
+
+def test_the_five_roles_are_those_of_the_documentation() -> None:
+    text = (EXAMPLES.parent / "docs" / "patterns.md").read_text(encoding="utf-8")
+    for file in ("pattern.yaml", "prompts.yaml"):
+        assert (EXAMPLES / "five_roles" / file).read_text(encoding="utf-8").strip() in text, file

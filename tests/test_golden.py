@@ -1,10 +1,6 @@
-"""Two tiny systems in the authors' released form, with every message as the authors' own inference code computed it.
-
-Not an importer: the weights are put into our classes by hand here, to hold the loop itself against an outside reference.
-"""
+"""Two tiny systems in the authors' released layout, with every message as the authors' own inference code computed it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,90 +8,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recursivemas.agents import Agent
-from recursivemas.decoding import SamplingParams
-from recursivemas.links import RecursiveLink
-from recursivemas.models import LanguageModel
-from recursivemas.patterns import Pattern
-from recursivemas.prompts import PromptSet
-from recursivemas.system import RecursiveSystem
+from recursivemas import RecursiveSystem, SamplingParams
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden systems are not at {GOLDEN}")
 
-KEYS = {
-    "proj1": "w1",
-    "proj2": "w2",
-    "residual_proj": "w3",
-    "pre_ln": "source_norm",
-    "ln_source": "source_norm",
-    "post_ln": "target_norm",
-    "ln_target": "target_norm",
-}
-
-PATTERNS = {
-    "sequential": Pattern.load("sequential"),
-    "mixture": Pattern.load(
-        {
-            "name": "mixture",
-            "stages": [["math", "code", "science"], ["summarizer"]],
-            "edges": [f"{each}->summarizer" for each in ("math", "code", "science")]
-            + [f"summarizer->{each}" for each in ("math", "code", "science")],
-            "answers": "summarizer",
-        }
-    ),
-}
-OUTER = {
-    "sequential": {"planner->critic": "outer_12", "critic->solver": "outer_23", "solver->planner": "outer_31"},
-    "mixture": {
-        "math->summarizer": "outer_1s",
-        "code->summarizer": "outer_2s",
-        "science->summarizer": "outer_3s",
-        "summarizer->math": "outer_s1",
-        "summarizer->code": "outer_s2",
-        "summarizer->science": "outer_s3",
-    },
-}
+NAMES = ("sequential", "mixture")
 
 
-def read_link(link: RecursiveLink, file: Path) -> RecursiveLink:
-    weights = torch.load(file, weights_only=True)
-    renamed = {f"{KEYS[name.split('.')[0]]}.{name.split('.')[1]}": tensor.float() for name, tensor in weights.items()}
-    link.load_state_dict({**renamed, "scale": torch.ones(())})
-    return link
-
-
-def read_system(name: str, tmp_path: Path, expected: dict[str, Any]) -> RecursiveSystem:
-    pattern, suffix = PATTERNS[name], "(math)" if name == "sequential" else ""
-    agents = {}
-    for role in pattern.roles:
-        # An adapter_config.json beside the weights would be taken for one of peft's.
-        shutil.copytree(GOLDEN / name / role, tmp_path / role, ignore=shutil.ignore_patterns("adapter*", "inner*"))
-        model = LanguageModel.from_pretrained(tmp_path / role, dtype="float32", device="cpu")
-        link = RecursiveLink.inner(model.hidden_size, design="ln-res-2-layer")
-        agents[role] = Agent(role, model, read_link(link, GOLDEN / name / role / f"adapter{suffix}.pt"))
-    links = {
-        edge: read_link(
-            RecursiveLink.outer(
-                agents[edge.split("->")[0]].model.hidden_size,
-                agents[edge.split("->")[1]].model.hidden_size,
-                design="ln-res-2-layer",
-            ),
-            GOLDEN / name / "outer" / f"{file}{suffix}.pt",
-        )
-        for edge, file in OUTER[name].items()
-    }
-    prompts = PromptSet.load({"name": name, "system": expected["system_prompt"], "roles": expected["prompts"]})
-    return RecursiveSystem(agents, links, pattern, prompts)
-
-
-@pytest.mark.parametrize("name", ["sequential", "mixture"])
-@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "alone"])
-def test_messages_and_answers_are_those_of_the_authors_code(name: str, together: bool, tmp_path: Path) -> None:
+def read(name: str) -> tuple[RecursiveSystem, dict[str, Any]]:
     expected = json.loads((GOLDEN / name / "expected.json").read_text())
-    tensors = load_file(GOLDEN / name / "expected.safetensors")
-    system = read_system(name, tmp_path, expected)
+    system = RecursiveSystem.from_release(
+        GOLDEN / name,
+        pattern=expected["pattern"],
+        task=expected["task"],
+        prompts=expected["prompts"],
+        system_prompt=expected["system_prompt"],
+        dtype="float32",
+        device="cpu",
+    )
+    return system, expected
+
+
+def assert_as_computed_by_the_authors(
+    system: RecursiveSystem, expected: dict[str, Any], name: str, *, together: bool
+) -> None:
     options: dict[str, Any] = {
         "num_rounds": expected["rounds"],
         "num_latent_steps": expected["latent_steps"],
@@ -105,6 +43,7 @@ def test_messages_and_answers_are_those_of_the_authors_code(name: str, together:
     questions = expected["questions"]
     results = system.run(questions, **options) if together else [system.run(each, **options) for each in questions]
     assert [result.text for result in results] == expected["answers"]
+    tensors = load_file(GOLDEN / name / "expected.safetensors")
     assert tensors
     for key, messages in tensors.items():
         round, edge = key.removeprefix("round").split(".")
@@ -112,3 +51,40 @@ def test_messages_and_answers_are_those_of_the_authors_code(name: str, together:
         for result, message in zip(results, messages, strict=True):
             found = result.trace.message(round=int(round), source=source, target=target)
             assert (found - message).norm() <= 1e-4 * message.norm(), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "alone"])
+def test_messages_and_answers_are_those_of_the_authors_code(name: str, together: bool) -> None:
+    system, expected = read(name)
+    assert_as_computed_by_the_authors(system, expected, name, together=together)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_the_same_in_our_own_format(name: str, tmp_path: Path) -> None:
+    system, expected = read(name)
+    system.save_pretrained(tmp_path / "ours")
+    loaded = RecursiveSystem.from_pretrained(tmp_path / "ours", device="cpu")
+    assert_as_computed_by_the_authors(loaded, expected, name, together=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_written_back_tensor_by_tensor(name: str, tmp_path: Path) -> None:
+    system, expected = read(name)
+    system.save_release(tmp_path / "theirs", task=expected["task"])
+    written = {str(file.relative_to(tmp_path / "theirs")): file for file in (tmp_path / "theirs").rglob("*")}
+    links = [file for file in written if file.endswith(".pt")]
+    assert links
+    for file in links:
+        one, other = (torch.load(root / file, weights_only=True) for root in (tmp_path / "theirs", GOLDEN / name))
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), f"{file} {key}"
+    for role in system.agents:
+        one, other = (load_file(root / role / "model.safetensors") for root in (tmp_path / "theirs", GOLDEN / name))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    # Nothing but what belongs to another task is left out.
+    for file in (GOLDEN / name).rglob("*.*"):
+        if "(code)" not in file.name and "expected" not in file.name:
+            assert str(file.relative_to(GOLDEN / name)) in written

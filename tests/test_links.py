@@ -49,6 +49,8 @@ def printed(link: RecursiveLink, h: Tensor) -> Tensor:
             return linear(link.w2, gelu(linear(link.w1, h)))
         case "res-2-layer":
             return residual + linear(link.w2, gelu(linear(link.w1, h)))
+        case "ln-2-layer":
+            return layer_norm(link.target_norm, linear(link.w2, gelu(linear(link.w1, layer_norm(link.source_norm, h)))))
         case "ln-res-2-layer":
             inside = linear(link.w2, gelu(linear(link.w1, layer_norm(link.source_norm, h))))
             return layer_norm(link.target_norm, residual + inside)
@@ -142,7 +144,7 @@ def test_a_wrong_width_names_both_sizes() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("design", [design for design in DESIGNS if design != "ln-res-2-layer"])
+@pytest.mark.parametrize("design", [design for design in DESIGNS if not DESIGNS[design].layer_norm])
 def test_calibrate_gives_the_mean_norm_asked_for(kind: str, design: str) -> None:
     link = make_link(kind, design)
     states = torch.randn(50, 6)
@@ -153,8 +155,9 @@ def test_calibrate_gives_the_mean_norm_asked_for(kind: str, design: str) -> None
     assert link(states).norm(dim=-1).mean().item() == pytest.approx(3.5, rel=1e-5)
 
 
-def test_calibrate_sets_the_last_gain_of_the_released_design() -> None:
-    link = RecursiveLink.outer(32, 24, design="ln-res-2-layer")
+@pytest.mark.parametrize("design", ["ln-2-layer", "ln-res-2-layer"])
+def test_calibrate_sets_the_last_gain_of_a_design_with_layer_norms(design: str) -> None:
+    link = RecursiveLink.outer(32, 24, design=design)
     states = torch.randn(50, 32)
     link.calibrate(states, 3.5)
     assert link.scale == 1
@@ -219,6 +222,7 @@ def test_sizes_below_one_are_refused() -> None:
         ("inner", "1-layer", "w1"),
         ("inner", "res-2-layer", None),
         ("outer", "2-layer", None),
+        ("outer", "ln-2-layer", None),
     ],
 )
 def test_the_residual_weight_is_the_linear_map_that_can_carry_a_message_alone(

@@ -155,17 +155,6 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused() -> None:
         make_model("gemma2", **settings)
 
 
-def test_a_template_that_refuses_a_system_prompt_says_so(tiny_models: dict[str, LanguageModel]) -> None:
-    tokenizer = make_tokenizer("qwen3")
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        + tokenizer.chat_template
-    )
-    model = LanguageModel(tiny_models["qwen3"].network, tokenizer)
-    with pytest.raises(ModelError, match="no system role"):
-        model.render_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
-
-
 @pytest.mark.parametrize(
     ("file", "content"),
     [

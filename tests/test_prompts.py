@@ -122,6 +122,10 @@ def test_alone_a_role_always_reads_its_solo_template() -> None:
         ({"roles": {"a": {"always": "{latent:b}"}}}, PatternError, r"write \{latents:b\}"),
         ({"roles": {"a": {"alway": "{question}"}}}, ConfigError, r"did you mean 'roles\.a\.always'"),
         ({"roles": {"a": {"always": 5}}}, ConfigError, "roles.a.always"),
+        # What looks like a slot and is none would go to the model as it stands.
+        ({"roles": {"a": {"always": "{latents: b}"}}}, PatternError, r"'\{latents: b\}' is not a slot"),
+        ({"roles": {"a": {"always": "{ question }"}}}, PatternError, r"'\{ question \}' is not a slot"),
+        ({"roles": {"a": {"always": "{latents}"}}}, PatternError, "unknown placeholder 'latents'"),
         ({"variants": {"x": {"w": "1"}, "y": {}}}, PatternError, "variant 'y' lacks the word 'w'"),
         ({"variants": {"x": {"question": "1"}}}, PatternError, "may not redefine 'question'"),
         ({"colour": "red"}, ConfigError, "unknown setting 'colour'"),
@@ -135,9 +139,34 @@ def test_a_prompt_set_that_does_not_hold_together_is_refused(
         load(**change)
 
 
+def test_braces_that_look_like_nothing_of_ours_are_plain_text() -> None:
+    prompts = PromptSet.load({"name": "x", "roles": {"a": {"always": r"\boxed{} {} { x } {'k': 1} {question}"}}})
+    assert prompts.segments("a", "Why?", render_chat=plain) == (r"<user>\boxed{} {} { x } {'k': 1} Why?</><assistant>",)
+
+
+def test_renaming_roles_renames_their_slots() -> None:
+    renamed = load().renamed({"planner": "doctor", "solver": "nurse"})
+    assert list(renamed.roles) == ["doctor", "critic", "nurse"]
+    assert renamed.slots("critic") == {"doctor", "nurse"}
+    assert renamed.template("doctor", round=2) == "{question} Seen: {latents:nurse} Plan again."
+    assert renamed.template("nurse", solo=True) == "{question}!"
+    # Two may change places, and names that are not there are left alone.
+    swapped = load().renamed({"planner": "solver", "solver": "planner", "nobody": "x"})
+    assert swapped.template("solver", round=2) == "{question} Seen: {latents:planner} Plan again."
+    with pytest.raises(PatternError, match="two roles would both be called 'critic'"):
+        load().renamed({"planner": "critic"})
+
+
+def test_a_file_is_refused_with_the_lines_of_its_faults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nroles:\n  a:\n    first: |-\n      one\n      {questoin}\n    later: '{latent:b}'\n")
+    with pytest.raises(PatternError, match=rf"^{file}:6: a\.first: unknown placeholder.*; {file}:7: a\.later: "):
+        PromptSet.load(file)
+
+
 def test_bundled_sets_are_loaded_by_name() -> None:
     names = [file.stem for file in BUNDLED.glob("*.yaml")]
-    assert "sequential" in names
+    assert {"sequential", "mixture", "distillation", "deliberation", "self-recursion"} <= set(names)
     assert [PromptSet.load(name).name for name in names] == names
     with pytest.raises(ConfigError, match="did you mean 'sequential'"):
         PromptSet.load("sequentail")

@@ -18,7 +18,7 @@ from recursivemas.decoding import Reply, SamplingParams, decode, decode_steps
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
 from recursivemas.prompts import Segments, Slot
-from recursivemas.rollout import latent_rollout
+from recursivemas.rollout import Link, latent_rollout
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,17 @@ class Agent:
         return self._read_on(reading, pieces)
 
     def think(
-        self, reading: Reading, num_latent_steps: int, *, in_words: bool = False
+        self, reading: Reading, num_latent_steps: int, *, in_words: bool = False, inner_link: Link | None = None
     ) -> Float[Tensor, "batch latent_step hidden_size"]:
         """Latent thoughts that follow a reading (eq. 1): the last hidden states H, before any link.
 
         With `in_words` every thought is first made into the most probable word: the states are those from which the
-        agent writes its text (teacher forcing with its own words).
+        agent writes its text (teacher forcing with its own words). `inner_link` takes the place of the agent's own,
+        where it reads rows for others, too (see `Chorus`).
         """
         longest = int(reading.cache.num_positions.max())
         self.model.check_length(longest + num_latent_steps, f"the prompt of the {self.role}, with its thoughts,")
-        step = self._as_word if in_words else self.inner_link
+        step = self._as_word if in_words else inner_link or self.inner_link
         return latent_rollout(self.model, reading.cache.fork(), reading.state, step, num_latent_steps)
 
     def _as_word(self, states: Float[Tensor, "batch hidden_size"]) -> Float[Tensor, "batch hidden_size"]:

@@ -5,7 +5,7 @@
     both     latents, and then the text
     none     nothing: the slot stays empty
 
-Knows a sender and its outgoing edges, as names; knows nothing of rounds, questions or who is asking.
+Knows senders and their outgoing edges, as names; knows nothing of rounds, questions or who is asking.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from recursivemas.agents import Agent, Message, Reading
+from recursivemas.chorus import Chorus
 from recursivemas.decoding import Reply, SamplingParams
 from recursivemas.errors import ConfigError, unknown_name
 from recursivemas.links import RecursiveLink
@@ -42,64 +43,106 @@ CHANNELS = {
     )
 }
 
+REST = "*"
+"""In a mapping of edges to channels: all edges that it does not name."""
+
 
 def choose_channels(channel: str | Mapping[str, str], edges: Sequence[str]) -> dict[str, Channel]:
-    """The channel of every edge, from one name for all or a name for each. Raises `ConfigError`."""
+    """The channel of every edge, from one name for all, or a name for each; `*` names that of the edges left.
+
+    Raises `ConfigError` for a name that is not known, and for an edge without a channel.
+    """
     if isinstance(channel, str):
         if channel not in CHANNELS:
             raise ConfigError(unknown_name("channel", channel, CHANNELS))
         channel = dict.fromkeys(edges, channel)
     if not isinstance(channel, Mapping):
         raise ConfigError(f"a channel is a name, or a mapping of edges to names; got {channel!r}")
-    for edge in channel:
-        if edge not in edges:
-            raise ConfigError(unknown_name("edge", edge, edges))
-    for edge in edges:
-        if edge not in channel:
-            raise ConfigError(f"no channel was given for the edge '{edge}'; give one name for all edges, or all edges")
-    for name in channel.values():
+    for edge, name in channel.items():
+        if edge not in (*edges, REST):
+            raise ConfigError(unknown_name("edge", edge, [*edges, REST]))
         if name not in CHANNELS:
             raise ConfigError(unknown_name("channel", name, CHANNELS))
-    return {edge: CHANNELS[channel[edge]] for edge in edges}
+    for edge in edges:
+        if edge not in channel and REST not in channel:
+            raise ConfigError(
+                f"no channel was given for the edge '{edge}'; name one for every edge, or with '{REST}' for all others"
+            )
+    return {edge: CHANNELS[channel.get(edge) or channel[REST]] for edge in edges}
 
 
-Phase = Callable[[str], AbstractContextManager[None]]
+Phase = Callable[[Sequence[str], str], AbstractContextManager[None]]
+"""Times a phase of the work of some roles."""
+
+
+class Sender(NamedTuple):
+    """A role that is to send, with what it has read, the channel of every edge it sends on, and names of its rows."""
+
+    role: str
+    agent: Agent
+    reading: Reading
+    edges: Mapping[str, Channel]
+    keys: Sequence[str]
+
+    @property
+    def thinks(self) -> bool:
+        """Whether some edge wants latents of it."""
+        return any(channel.has_latents for channel in self.edges.values())
+
+    @property
+    def writes(self) -> bool:
+        """Whether some edge wants text of it."""
+        return any(channel.has_text for channel in self.edges.values())
+
+
+class Emitted(NamedTuple):
+    """What a sender sends on each of its edges, and what it wrote for that."""
+
+    messages: dict[str, Message]
+    replies: list[Reply]
 
 
 def emit(
-    agent: Agent,
-    reading: Reading,
-    edges: Mapping[str, Channel],
+    senders: Sequence[Sender],
     links: Mapping[str, RecursiveLink],
     *,
     num_latent_steps: int,
     sampling: SamplingParams,
-    keys: Sequence[str],
     through_inner_link: bool,
     in_words: bool,
     phase: Phase,
-) -> tuple[dict[str, Message], list[Reply]]:
-    """The message of a sender on each of its edges, from what it has read.
+) -> list[Emitted]:
+    """The messages of senders that share one model, from what they have read; they think, and write, as one batch.
 
-    It thinks once and writes once, whatever the number of its readers. A message in latents is R_out(R_in(H)), or the
-    paper's R_out(H) if it does not go through the inner link. `in_words`: see `Agent.think`. Returns the messages, and
-    what was written.
+    A sender thinks once and writes once, whatever the number of its readers. A message in latents is R_out(R_in(H)), or
+    the paper's R_out(H) if it does not go through the inner link. `in_words`: see `Agent.think`.
     """
-    thoughts: Tensor | None = None
-    replies: list[Reply] = []
-    if num_latent_steps and any(channel.has_latents for channel in edges.values()):
-        with phase("latent"):
-            thoughts = agent.think(reading, num_latent_steps, in_words=in_words)
-            if through_inner_link:
-                thoughts = agent.inner_link(thoughts)
-    if any(channel.has_text for channel in edges.values()):
-        with phase("decode"):
-            replies = agent.speak(reading, sampling, keys)
-    messages = {}
-    for edge, channel in edges.items():
-        with phase("link"):
-            messages[edge] = Message(
-                links[edge](thoughts) if channel.has_latents and thoughts is not None else None,
-                tuple(reply.text for reply in replies) if channel.has_text else None,
-            )
-    return messages, replies
+    thoughts: dict[str, Tensor] = {}
+    replies: dict[str, list[Reply]] = {}
+    thinking = [sender for sender in senders if sender.thinks and num_latent_steps]
+    if thinking:
+        with phase([sender.role for sender in thinking], "latent"):
+            found = _chorus(thinking).think(num_latent_steps, in_words=in_words)
+            for sender, states in zip(thinking, found, strict=True):
+                thoughts[sender.role] = sender.agent.inner_link(states) if through_inner_link else states
+    writing = [sender for sender in senders if sender.writes]
+    if writing:
+        with phase([sender.role for sender in writing], "decode"):
+            written = _chorus(writing).speak(sampling, [sender.keys for sender in writing])
+        replies = dict(zip((sender.role for sender in writing), written, strict=True))
+    emitted = []
+    for sender in senders:
+        said, thought = replies.get(sender.role, []), thoughts.get(sender.role)
+        messages = {}
+        for edge, channel in sender.edges.items():
+            with phase([sender.role], "link"):
+                messages[edge] = Message(
+                    links[edge](thought) if channel.has_latents and thought is not None else None,
+                    tuple(reply.text for reply in said) if channel.has_text else None,
+                )
+        emitted.append(Emitted(messages, said))
+    return emitted
+
+
+def _chorus(senders: Sequence[Sender]) -> Chorus:
+    return Chorus([sender.agent for sender in senders], [sender.reading for sender in senders])

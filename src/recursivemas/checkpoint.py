@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from recursivemas.channels import CHANNELS
 from recursivemas.config import Config, parse
 from recursivemas.errors import CheckpointError, ConfigError, ModelError, OutputError, PatternError, unknown_name
 from recursivemas.links import LinkConfig, RecursiveLink
@@ -48,12 +49,23 @@ class SystemSettings(Config):
     """n: how often the pattern is gone through."""
     num_latent_steps: int = Field(default=16, ge=0)
     """m: latent thoughts of each turn."""
-    channel: Literal["latent", "text", "both", "none"] = "latent"
+    channel: str | dict[str, str] = "latent"
+    """One of latent, text, both and none; or one for each edge, and with `*` for all others."""
     message: Literal["inner+outer", "outer"] = "inner+outer"
     """What travels in latents: R_out(R_in(H)), as in the release, or R_out(H), as printed in the paper."""
     max_new_tokens: int = Field(default=512, ge=1)
     variant: str | None = None
     """The wording of the prompts, where the prompt set has several; by default its first."""
+    on_long_question: Literal["refuse", "truncate"] = "refuse"
+    """What is done with a question that is too long for a context: refuse it, or cut off its beginning, and say so."""
+
+    @field_validator("channel")
+    @classmethod
+    def _check_channel(cls, channel: str | dict[str, str]) -> str | dict[str, str]:
+        for name in [channel] if isinstance(channel, str) else channel.values():
+            if name not in CHANNELS:
+                raise ValueError(unknown_name("channel", name, CHANNELS))
+        return channel
 
 
 class AgentRecord(Config):

@@ -9,11 +9,13 @@ rounds; where a size is needed, it is given the number.
     res-1-layer       h + W1 h                     W3 h + W1 h
     2-layer           W2 gelu(W1 h)                W2 gelu(W1 h)
     res-2-layer       h + W2 gelu(W1 h)            W3 h + W2 gelu(W1 h)           eq. 3 and eq. 4: the default
+    ln-2-layer        LN(W2 gelu(W1 LN h))         LN(W2 gelu(W1 LN h))
     ln-res-2-layer    LN(h + W2 gelu(W1 LN h))     LN(W3 h + W2 gelu(W1 LN h))    what the authors released
 
 The first four are the rows of the paper's table 4. They end in one stored number, `scale * (...)`: 1.0 is the
 equation as printed; `calibrate` sets it so that a link starts as loud as the embeddings its reader is used to (without
-it, links were found 50 to 80 times too loud). In the released design the gain of the last LayerNorm does that.
+it, links were found 50 to 80 times too loud). In the designs of the authors' code, with a LayerNorm at either end, the
+gain of the last one does that.
 """
 
 from dataclasses import asdict, dataclass
@@ -40,6 +42,7 @@ DESIGNS = {
     "res-1-layer": Design(num_layers=1, residual=True, layer_norm=False),
     "2-layer": Design(num_layers=2, residual=False, layer_norm=False),
     "res-2-layer": Design(num_layers=2, residual=True, layer_norm=False),
+    "ln-2-layer": Design(num_layers=2, residual=False, layer_norm=True),
     "ln-res-2-layer": Design(num_layers=2, residual=True, layer_norm=True),
 }
 DEFAULT_DESIGN = "res-2-layer"
@@ -64,7 +67,7 @@ class LinkConfig:
     intermediate_size: int | None = None
     """Rows of W1 in the two-layer designs. Default: the target size for an inner link, twice that for an outer one."""
     bias: bool | None = None
-    """Whether W1, W2, W3 have biases. Default: as printed in the paper, no; in the released design, yes."""
+    """Whether W1, W2, W3 have biases. Default: as printed in the paper, no; in the designs with LayerNorms, yes."""
 
     def __post_init__(self) -> None:
         if self.design not in DESIGNS:

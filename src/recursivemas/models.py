@@ -1,16 +1,24 @@
 """LanguageModel: one frozen causal language model, with its tokenizer and chat template.
 
-Any causal language model of transformers serves, by its public interface alone: no family is named here. Several
-agents may share one LanguageModel, and then share its weights. Together with cache.py this is the only place in the
-core that imports model classes of transformers. Knows nothing of roles, links or rounds.
+Any causal language model of transformers serves, by its public interface alone: no family is named here. What a family
+does differently is found out by looking: whether its template has a system role, whether its states are exact when
+they are read with padding, whether its output head is all that stands between its states and its logits. Of a model
+that also sees or hears, the text part is taken. Several agents may share one LanguageModel, and then share its weights.
+Together with cache.py this is the only place in the core that imports model classes of transformers. Knows nothing of
+roles, links or rounds.
 """
 
 import copy
 import hashlib
+import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,19 +27,36 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import find_adapter_config_file
 
 from recursivemas.cache import LatentCache
 from recursivemas.errors import ConfigError, InputError, ModelError, unknown_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
+"""Implementations of attention that can be asked for. A name of the hub would be code that is downloaded and run."""
+_AGENT_OPTIONS = ("model", "revision", "dtype", "device", "attn_implementation", "device_map")
 _EMBEDDING_CHUNK = 16384
+
+_OTHER_PARTS = re.compile(
+    r"(^|\.)(mtp|visual|vision_\w+|vision|image_\w+|audio_\w+|multi_modal_\w+|embed_vision|embed_audio)\."
+)
+"""Weights of a checkpoint that are no part of its language model: what sees and hears, and what guesses ahead."""
+
+_DATE = "26 Jul 2024"
+"""Llama 3's template writes the date of today, so that a question would be read differently tomorrow. This is the date
+that the template itself writes where it knows of no clock."""
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -58,6 +83,73 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return DTYPES[dtype]
 
 
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the configuration of a model says of its size; no weights are needed."""
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    num_parameters: int
+    """Weights of its language model, tied ones counted once."""
+    max_positions: int | None
+    """The longest context, if the configuration says so."""
+    intermediate_size: int
+    """Width of the feed-forward part of a layer."""
+    query_size: int
+    """Width of all attention heads together."""
+    key_size: int
+    """Width of all keys at one position, and as much of all values: what a cache holds of it in each layer."""
+    num_recurrent_layers: int
+    """Layers with linear attention, whose cache is a state of fixed size."""
+    recurrent_width: int
+    """Width of the queries, keys and values of such a layer at one position."""
+    recurrent_size: int
+    """Numbers in the state of such a layer."""
+
+    @classmethod
+    def of(cls, name_or_path: str | Path, shipped: Path) -> "ModelSizes":
+        """Sizes of a model in a directory, or of one by its Hugging Face name.
+
+        Of a name, `shipped` is looked into first: a folder of configurations, `ORGANISATION__NAME.json`. Then, what
+        the Hugging Face hub or its cache holds. Raises `ModelError` if there is none, or transformers does not know it.
+        """
+        name = str(name_or_path)
+        file = shipped / f"{name.replace('/', '__')}.json"
+        try:
+            if file.is_file() and not Path(name).is_dir():
+                config = AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
+            else:
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+            with torch.device("meta"):
+                network = AutoModelForCausalLM.from_config(config)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"no configuration of the language model '{name}' is known: {reason}") from None
+        heads = config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kinds = getattr(config, "layer_types", None) or []
+        key_heads, key_width, value_heads, value_width = (
+            getattr(config, f"linear_{each}", 0)
+            for each in ("num_key_heads", "key_head_dim", "num_value_heads", "value_head_dim")
+        )
+        return cls(
+            model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            vocab_size=config.vocab_size,
+            num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+            max_positions=getattr(config, "max_position_embeddings", None),
+            intermediate_size=config.intermediate_size,
+            query_size=heads * head_size,
+            key_size=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
+            num_recurrent_layers=sum(kind == "linear_attention" for kind in kinds),
+            recurrent_width=2 * key_heads * key_width + value_heads * value_width,
+            recurrent_size=value_heads * key_width * value_width,
+        )
+
+
 class LanguageModel:
     """A frozen causal language model that reads embeddings, keeps a cache, and can be asked for logits.
 
@@ -75,7 +167,8 @@ class LanguageModel:
         """Take over a network and its tokenizer, freeze the network and check that it can serve.
 
         `source` and `revision` say where the weights came from, if that is a place others can get them from too.
-        Raises `ModelError` if the model has no chat template, or does not compute its logits from its last states.
+        Raises `ModelError` if the model has no chat template, reads backwards, or does not compute its logits from its
+        last states.
         """
         self.network = network.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -95,34 +188,47 @@ class LanguageModel:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
     ) -> "LanguageModel":
         """Load a model by its Hugging Face name or from a directory.
 
-        Raises `ModelError` if it cannot be found, needs remote code (never run), or has missing or unexpected weights
-        (a silently random layer is worse than none).
+        `attn_implementation` is one of `ATTENTION`, by default transformers' choice. `device_map`, in place of
+        `device`, spreads a large model over several devices (see transformers; needs accelerate). Of a model that also
+        sees, the text part is kept. An adapter_config.json that is not peft's, as stands beside the authors' weights,
+        is no concern of the model's.
+
+        Raises `ModelError` if it cannot be found, cannot serve, needs remote code (never run) or unpickling (never
+        done), or has missing or unexpected weights (a silently random layer is worse than none); `ConfigError` for a
+        setting that is unknown or cannot be had here.
         """
         name = str(name_or_path)
         place = choose_device(device)
+        _check_options(attn_implementation, device, device_map)
         try:
-            network, info = AutoModelForCausalLM.from_pretrained(
-                name,
-                revision=revision,
-                dtype=choose_dtype(dtype, place),
-                attn_implementation=attn_implementation,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            config = _read_config(name, revision)
+            knows_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            kind = AutoModelForCausalLM if knows_causal else AutoModelForImageTextToText
+            with _without_adapter(name, revision) as (folder, adapter_kwargs):
+                network, info = kind.from_pretrained(
+                    folder,
+                    revision=revision,
+                    dtype=choose_dtype(dtype, place),
+                    attn_implementation=attn_implementation,
+                    device_map=device_map,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    adapter_kwargs=adapter_kwargs,
+                )
             tokenizer = _load_tokenizer(name, revision)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"cannot load the language model '{name}': {reason}") from None
-        wanted = ("missing_keys", "mismatched_keys", "unexpected_keys")
-        problems = {key: sorted(map(str, info[key])) for key in wanted if info.get(key)}
-        if problems:
-            raise ModelError(f"the weights of '{name}' do not fit its configuration: {json.dumps(problems)[:300]}")
+            raise ModelError(f"cannot load the language model '{name}': {_reason(error, name)}") from None
+        text_part = _text_part(network)
+        _check_weights(name, network, text_part, info)
         local = Path(name).is_dir()
         found = revision or getattr(network.config, "_commit_hash", None)
-        return cls(network.to(place), tokenizer, source=None if local else name, revision=None if local else found)
+        placed = text_part if device_map is not None else text_part.to(place)
+        return cls(placed, tokenizer, source=None if local else name, revision=None if local else found)
 
     @classmethod
     def from_config(
@@ -166,14 +272,52 @@ class LanguageModel:
             )
         if not self.stop_token_ids:
             raise ModelError(f"'{name}' names no end-of-sequence token, so its replies would never end")
-        self.new_cache(1)
-        probe = torch.tensor([[min(self.stop_token_ids)] * 2], device=self.device)
         with torch.no_grad():
-            expected = self.network(input_ids=probe, use_cache=False).logits[0]
-            computed = self.logits(self.states(probe)[0])
-        if not torch.allclose(expected.float(), computed.float(), rtol=1e-2, atol=1e-2):
+            self._check_states(name)
+            if self.new_cache(1).is_recurrent:
+                self._check_recurrence(name)
+
+    def _check_states(self, name: str) -> None:
+        """Nothing may look ahead, and the output head must be all that stands between the states and the logits."""
+        first = min(self.stop_token_ids)
+        probe = torch.tensor([[first, first], [first, (first + 1) % self.vocab_size]], device=self.device)
+        states = self.states(probe)
+        if not states.isfinite().all():
+            raise ModelError(
+                f"the states of '{name}' are not finite in {str(self.dtype).removeprefix('torch.')}; load it in "
+                "bfloat16 or float32, or mend its weights"
+            )
+        ahead = (states[0, 0] - states[1, 0]).float().norm() / states[0, 0].float().norm()
+        if not ahead <= 1e-2:
+            raise ModelError(
+                f"'{name}' looks at the words that follow, as encoders do, so it cannot write; choose a causal "
+                "language model"
+            )
+        expected = self.network(input_ids=probe, use_cache=False).logits
+        if not torch.allclose(expected.to(self.device).float(), self.logits(states).float(), rtol=1e-2, atol=1e-2):
             raise ModelError(
                 f"'{name}' changes its logits after its output head (a soft cap or a scale), which is not supported"
+            )
+
+    def _check_recurrence(self, name: str) -> None:
+        """A state of fixed size must not take in padding, and a step must not write into what a fork has of it.
+
+        Whether it does is up to each family's own code, so it is tried out.
+        """
+        ids = torch.arange(1, 5, device=self.device) * (self.vocab_size // 6)
+        embeds = self.embed(ids.unsqueeze(0))
+        expected = self.states_of_embeds(embeds)[0, -1].float()
+        cache = self.new_cache(1)
+        mask = torch.tensor([[0, 0, 1, 1]], device=self.device)
+        self.step(cache, torch.cat([embeds[:, 2:], embeds[:, :2]], dim=1), mask)
+        self.step(cache.fork(), embeds[:, :1])
+        self.step(cache, embeds[:, 2:3])
+        found = self.step(cache, embeds[:, 3:])[0, -1].float()
+        tolerance = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
+        if not (found - expected).norm() <= tolerance * expected.norm():
+            raise ModelError(
+                f"the recurrent states of '{name}' take in padding, or are written into after a fork, so its answers "
+                "would depend on the batch; choose another model"
             )
 
     # What it is
@@ -205,8 +349,17 @@ class LanguageModel:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest context it was made for, if its configuration says so."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """The longest context it was made for, if its configuration says so.
+
+        Where positions beyond a length are turned by other angles (longrope), that length: beyond it, one long row
+        would change what all others in its batch have read.
+        """
+        longest: int | None = getattr(self.config, "max_position_embeddings", None)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+            if each.get("rope_type") == "longrope":
+                longest = each.get("original_max_position_embeddings") or self.config.original_max_position_embeddings
+        return longest
 
     @cached_property
     def stop_token_ids(self) -> frozenset[int]:
@@ -251,13 +404,35 @@ class LanguageModel:
     # Text
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """Messages through the chat template, as one string that ends where the reply begins."""
+        """Messages through the chat template, as one string that ends where the reply begins.
+
+        Where the template has no system role, the system's text opens the first message of the user.
+        """
         return self._render(messages, add_generation_prompt=True)
 
+    @cached_property
+    def _has_system_role(self) -> bool:
+        mark = "the words of the system"
+        conversation = [{"role": "system", "content": mark}, {"role": "user", "content": "question"}]
+        try:
+            return mark in self._apply_template(conversation, add_generation_prompt=True)
+        except ModelError:
+            return False
+
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        if messages[0]["role"] == "system" and not self._has_system_role:
+            system, user, *others = messages
+            messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
+        return self._apply_template(messages, add_generation_prompt=add_generation_prompt)
+
+    def _apply_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=False,
+                date_string=_DATE,
             )
         except Exception as error:  # jinja and the template's own raise_exception; their classes vary
             name = self.source or self.config.model_type
@@ -310,7 +485,7 @@ class LanguageModel:
         attention_mask: Int[Tensor, "batch position"] | None = None,
     ) -> Float[Tensor, "batch position hidden_size"]:
         """Read on from a cache (which grows) and return the last hidden states; no logits are computed."""
-        return cache.step(self.decoder, inputs_embeds, attention_mask)
+        return cache.step(self.decoder, inputs_embeds, attention_mask).to(self.device)
 
     def states(
         self, input_ids: Int[Tensor, "batch position"], attention_mask: Int[Tensor, "batch position"] | None = None
@@ -322,19 +497,20 @@ class LanguageModel:
         output = self.decoder(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
         )
-        return output.last_hidden_state
+        return output.last_hidden_state.to(self.device)
 
     def states_of_embeds(
         self, inputs_embeds: Float[Tensor, "batch position hidden_size"]
     ) -> Float[Tensor, "batch position hidden_size"]:
         """Last hidden states of embeddings read without a cache or padding: the slow way that fast ways must equal."""
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).expand(inputs_embeds.shape[:2])
-        return self.decoder(inputs_embeds=inputs_embeds, position_ids=positions, use_cache=False).last_hidden_state
+        output = self.decoder(inputs_embeds=inputs_embeds, position_ids=positions, use_cache=False)
+        return output.last_hidden_state.to(self.device)
 
     def logits(self, states: Float[Tensor, "*batch hidden_size"]) -> Float[Tensor, "*batch vocab_size"]:
         """Scores of the next token, from last hidden states."""
         scores: Tensor = self.network.get_output_embeddings()(states)
-        return scores
+        return scores.to(self.device)
 
     def pad(self, sequences: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch n"], Int[Tensor, "batch n"]]:
         """Token sequences padded on the left into one tensor, and the mask of real positions."""
@@ -384,6 +560,153 @@ class LanguageModel:
                 f"{what} needs {num_positions} positions, but the model reads at most {self.max_positions}; "
                 "shorten the question, or lower the number of latent steps or new tokens"
             )
+
+
+def load_models(
+    agents: Mapping[str, str | Path | LanguageModel | Mapping[str, Any]],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> dict[str, LanguageModel]:
+    """A model for each role: as it is given, by its name, or by a mapping of options with its name under `model`.
+
+    Options are those of `LanguageModel.from_pretrained`; `dtype` and `device` hold where they say nothing else. Roles
+    with the same name and options share one copy. Raises `ConfigError` or `ModelError`.
+    """
+    loaded: dict[str, LanguageModel] = {}
+    models: dict[str, LanguageModel] = {}
+    for role, given in agents.items():
+        if isinstance(given, LanguageModel):
+            models[role] = given
+            continue
+        options = dict(given) if isinstance(given, Mapping) else {"model": given}
+        for name in options:
+            if name not in _AGENT_OPTIONS:
+                raise ConfigError(f"agent '{role}': " + unknown_name("option", name, _AGENT_OPTIONS))
+        if "model" not in options:
+            raise ConfigError(f"agent '{role}': `model` is missing; give its Hugging Face name or its directory")
+        options = {"dtype": dtype, **({} if options.get("device_map") else {"device": device}), **options}
+        key = repr(sorted((name, str(value)) for name, value in options.items()))
+        if key not in loaded:
+            loaded[key] = LanguageModel.from_pretrained(options.pop("model"), **options)
+        models[role] = loaded[key]
+    return models
+
+
+def _check_options(
+    attn_implementation: str | None, device: str | torch.device | None, device_map: str | Mapping[str, Any] | None
+) -> None:
+    if attn_implementation is not None and attn_implementation not in ATTENTION:
+        raise ConfigError(unknown_name("attention implementation", attn_implementation, ATTENTION))
+    if device_map is None:
+        return
+    if device is not None:
+        raise ConfigError(f"give a device ('{device}') or a device_map, not both")
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("a device_map needs the package accelerate: pip install accelerate, or give one device")
+
+
+def _read_config(name: str, revision: str | None) -> PretrainedConfig:
+    """The configuration of a model that can serve, as far as that can be told from it. Raises `ModelError`."""
+    raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except ValueError:
+        if raw.get("auto_map"):
+            raise ModelError(
+                f"'{name}' needs code of its own (auto_map in its config.json), which is never run; choose a model "
+                "that transformers knows by itself"
+            ) from None
+        raise
+    kind = f"'{name}' is a {config.model_type} model"
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{kind}, with an encoder and a decoder; choose a causal language model, which has only the latter"
+        )
+    # Only families that can be either say of themselves which they are; others may have it in old files.
+    if getattr(type(config), "is_decoder", None) is False and not config.is_decoder:
+        raise ModelError(f"{kind}, an encoder, which cannot write; choose a causal language model")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelError(f"{kind}, of which transformers has no causal language model; choose another model")
+    return config
+
+
+@contextmanager
+def _without_adapter(name: str, revision: str | None) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Where to load from, and with which `adapter_kwargs`, so that an adapter_config.json is not taken for peft's.
+
+    The authors' release has a file of this name beside the weights of every agent. Raises `ModelError` for peft's own.
+    """
+    found = find_adapter_config_file(name, revision=revision)
+    if found is None:
+        yield name, None
+        return
+    declared = json.loads(Path(found).read_text(encoding="utf-8"))
+    if "peft_type" in declared:
+        raise ModelError(
+            f"'{name}' holds an adapter of peft ({declared['peft_type']}); merge it into the weights (peft's "
+            "merge_and_unload) and load what comes out"
+        )
+    nowhere = {"subfolder": "no-adapter"}
+    if find_adapter_config_file(name, revision=revision, **nowhere) is None:
+        yield name, nowhere
+        return
+    # Some versions of transformers look into a directory itself, whatever they are told: they get one of links.
+    with TemporaryDirectory() as view:
+        for file in Path(name).resolve().iterdir():
+            if file.name != Path(found).name:
+                (Path(view) / file.name).symlink_to(file)
+        yield view, None
+
+
+def _reason(error: Exception, name: str) -> str:
+    """Why a model could not be loaded, in one line, with what to do if its weights are pickled."""
+    pickled = sorted(each.name for each in Path(name).glob("pytorch_model*.bin")) if Path(name).is_dir() else []
+    if isinstance(error, OSError) and (pickled or "with `safetensors`" in str(error)):
+        files = pickled[0] if pickled else "pytorch_model.bin"
+        return (
+            f"its weights are pickled ({files}), and reading them could run code; take a revision with safetensors, or "
+            "convert them once, where you trust them, by AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    return " ".join(str(error).split())[:300]
+
+
+def _text_part(network: PreTrainedModel) -> PreTrainedModel:
+    """The language model in a model that also sees or hears: its own class, around the same weights.
+
+    A model of nothing but text, or one whose text part transformers has no class for, is returned as it is.
+    """
+    config = network.config.get_text_config()
+    if config is network.config or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return network
+    with torch.device("meta"):
+        text_part = AutoModelForCausalLM.from_config(config)
+    decoder = text_part.get_decoder()
+    if decoder is not text_part.base_model or type(decoder) is not type(network.get_decoder()):
+        return network
+    # Its own set_decoder would only replace the decoder's decoder, which is nothing.
+    setattr(text_part, text_part.base_model_prefix, network.get_decoder())
+    text_part.set_output_embeddings(network.get_output_embeddings())
+    text_part.generation_config = network.generation_config
+    return text_part
+
+
+def _check_weights(name: str, network: PreTrainedModel, text_part: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raise `ModelError` for weights of the text part that are missing, and for weights that belong nowhere."""
+    kept = {id(weight) for weight in text_part.state_dict(keep_vars=True).values()}
+    others = {key for key, weight in network.state_dict(keep_vars=True).items() if id(weight) not in kept}
+    problems = {
+        "missing": [key for key in map(str, info["missing_keys"]) if key not in others],
+        "of another shape": [str(key) for key in info["mismatched_keys"]],
+        "unexpected": [key for key in map(str, info["unexpected_keys"]) if not _OTHER_PARTS.search(key)],
+    }
+    told = [f"{len(keys)} {kind} ({_several(sorted(keys))})" for kind, keys in problems.items() if keys]
+    if told:
+        raise ModelError(f"the weights of '{name}' do not fit its configuration: {'; '.join(told)}")
+
+
+def _several(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:

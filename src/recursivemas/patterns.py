@@ -5,23 +5,29 @@
     edges: ["planner->critic", "critic->solver", "solver->planner"]
     answers: solver                              # speaks in the last round
 
-A reader that stands before its source, or beside it, reads last round's message (so `solver->planner` is feedback);
-any other reader reads this round's. `schedule` turns the table into the list of turns that are needed for an answer:
-an agent whose message nobody reads is not run.
+Roles of one stage stand side by side: they act at the same time, and none of them sees what another sends in this
+round. A reader that stands before its source, or beside it, reads last round's message (so `solver->planner` is
+feedback); any other reader reads this round's. `schedule` turns the table into the list of turns that are needed for
+an answer: an agent whose message nobody reads is not run.
+
+`find_faults` says all that is wrong with a table at once. What has no meaning (a role that is not there) is refused
+when it is loaded; what has one, though hardly the one that was meant (a role that nobody reads, two of one stage that
+read each other), can still be loaded, because an experiment may want it so.
 
 Knows roles and edges; knows nothing of words, tensors or models.
 """
 
+import difflib
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from recursivemas.config import Config, parse, read_yaml
-from recursivemas.errors import ConfigError, PatternError, unknown_name
+from recursivemas.config import Config, Fault, Place, bundled_or_file, parse, parse_document, read_document, some_of
+from recursivemas.errors import PatternError, unknown_name
 
 BUNDLED = Path(__file__).parent / "bundled" / "patterns"
 
@@ -62,6 +68,8 @@ class Pattern(Config):
     edges: tuple[str, ...] = ()
     answers: str
     description: str = Field(default="")
+    mutual: bool = Field(default=False)
+    """Says that roles of one stage which read each other are meant to: each gets what the other sent a round ago."""
 
     @classmethod
     def load(cls, source: "str | Path | dict[str, Any] | Pattern") -> "Pattern":
@@ -70,26 +78,20 @@ class Pattern(Config):
             return source
         if isinstance(source, dict):
             return parse(cls, source, where="pattern")
-        path = Path(source) if Path(source).suffix in (".yaml", ".yml") else BUNDLED / f"{source}.yaml"
-        if path.parent == BUNDLED and not path.is_file():
-            raise ConfigError(unknown_name("pattern", str(source), [each.stem for each in BUNDLED.glob("*.yaml")]))
-        return parse(cls, read_yaml(path), where=str(path))
+        return parse_document(cls, read_document(bundled_or_file(source, BUNDLED, "pattern")), find_faults)
+
+    @field_validator("answers", mode="before")
+    @classmethod
+    def _check_answers(cls, answers: Any) -> Any:
+        if isinstance(answers, (list, tuple)):
+            raise ValueError("one role answers, and the others send it their messages; name one")
+        return answers
 
     @model_validator(mode="after")
     def _check(self) -> "Pattern":
-        for role in self.roles:
-            if not re.fullmatch(r"[A-Za-z_]\w*", role):
-                raise PatternError(
-                    f"pattern '{self.name}': '{role}' cannot be a role; use letters, digits and underscores, like "
-                    "tool_caller"
-                )
-        if len(set(self.roles)) != len(self.roles):
-            raise PatternError(f"pattern '{self.name}' names a role twice in its stages: {', '.join(self.roles)}")
-        for role in [self.answers, *(role for edge in self.graph for role in edge)]:
-            if role not in self.roles:
-                raise PatternError(f"pattern '{self.name}': " + unknown_name("role", role, self.roles))
-        if len(set(self.graph)) != len(self.graph):
-            raise PatternError(f"pattern '{self.name}' names an edge twice: {', '.join(self.edges)}")
+        fatal = [fault.message for fault in find_faults(self.model_dump()) if fault.is_fatal]
+        if fatal:
+            raise PatternError(f"pattern '{self.name}': {some_of(fatal)}")
         return self
 
     @property
@@ -176,3 +178,135 @@ class Pattern(Config):
                 if sends:
                     turns.append(Turn(round, role, speaks=False, sends=sends))
         return turns
+
+
+@dataclass
+class Table:
+    """The graph in a pattern's plain data, as far as it can be read, with what was wrong on the way."""
+
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Of every role its stage, and its place in it."""
+    edges: dict[Edge, Place] = field(default_factory=dict)
+    """Edges between known roles; of a name that is nearly right it is clear who was meant."""
+    answers: tuple[str, ...] = ()
+    faults: list[Fault] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "Table":
+        """Read whatever has the right form."""
+        table = cls()
+        for stage, roles in enumerate(_items(content.get("stages"))):
+            table._read_stage(stage, roles)
+        if not table.places:
+            table.faults.append(Fault(("stages",), "no role acts; name at least the one that answers"))
+        for index, edge in enumerate(_items(content.get("edges"))):
+            if isinstance(edge, str):
+                table._read_edge(edge, ("edges", index))
+        answers = content.get("answers")
+        named = [answers] if isinstance(answers, str) else _items(answers)
+        known = [table._known(role, ("answers",)) for role in named if isinstance(role, str)]
+        table.answers = tuple(role for role in known if role)
+        return table
+
+    def sources(self, role: str) -> list[Edge]:
+        """The edges on which a role reads."""
+        return [edge for edge in self.edges if edge.target == role]
+
+    def readers(self, role: str) -> list[str]:
+        """Who reads a role, other than itself."""
+        return [edge.target for edge in self.edges if edge.source == role and edge.target != role]
+
+    def stage_of(self, role: str) -> int:
+        """Index of the stage in which a role acts."""
+        return self.places[role][0]
+
+    def heard(self) -> set[str]:
+        """Roles whose messages reach an answer, be it by way of others."""
+        heard = set(self.answers)
+        while more := {edge.source for edge in self.edges if edge.target in heard} - heard:
+            heard |= more
+        return heard
+
+    def _read_stage(self, stage: int, roles: Any) -> None:
+        roles = [roles] if isinstance(roles, str) else _items(roles)
+        if not roles:
+            self.faults.append(Fault(("stages", stage), "a stage without a role; name who acts, or take it out"))
+        for index, role in enumerate(roles):
+            if not isinstance(role, str):
+                continue
+            place = ("stages", stage, index)
+            if not re.fullmatch(r"[A-Za-z_]\w*", role):
+                advice = "use letters, digits and underscores, like tool_caller"
+                self.faults.append(Fault(place, f"'{role}' cannot be a role; {advice}"))
+            if role in self.places:
+                advice = "a role acts once a round: give the second another name"
+                self.faults.append(Fault(place, f"'stages' names a role twice: '{role}'; {advice}"))
+            self.places.setdefault(role, (stage, index))
+
+    def _read_edge(self, text: str, place: Place) -> None:
+        try:
+            given = Edge.parse(text)
+        except PatternError as error:
+            self.faults.append(Fault(place, str(error)))
+            return
+        source, target = (self._known(role, place) for role in given)
+        if source is None or target is None:
+            return
+        edge = Edge(source, target)
+        if edge == given and edge in self.edges:
+            self.faults.append(Fault(place, f"'edges' names an edge twice: {edge}; take one out"))
+        self.edges.setdefault(edge, place)
+
+    def _known(self, role: str, place: Place) -> str | None:
+        """The role, or if there is none of this name (which is a fault) the one that was probably meant."""
+        if role in self.places:
+            return role
+        self.faults.append(Fault(place, unknown_name("role", role, self.places)))
+        return next(iter(difflib.get_close_matches(role, self.places, n=1, cutoff=0.5)), None)
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def find_faults(content: Mapping[str, Any]) -> list[Fault]:
+    """All that is wrong with the graph in a pattern's plain data; what has not even the right form is passed over."""
+    table = Table.read(content)
+    return [*table.faults, *_unheard(table), *([] if content.get("mutual") is True else _mutual(table))]
+
+
+def _unheard(table: Table) -> list[Fault]:
+    """Roles that might as well not be there: nobody reads them, or nobody of whom the answering role hears."""
+    heard = table.heard()
+    faults = []
+    for role, place in table.places.items():
+        if role in table.answers or (role in heard and table.readers(role)):
+            continue
+        if not table.readers(role):
+            itself = " but itself" if Edge(role, role) in table.edges else ""
+            wrong = f"nobody{itself} reads what the role '{role}' sends, and it does not answer"
+        elif table.answers:
+            wrong = f"what the role '{role}' sends never reaches the role that answers, '{table.answers[0]}'"
+        else:
+            continue
+        reader = table.answers[0] if table.answers else "READER"
+        advice = f'add an edge, like "{role}->{reader}", or take the role out'
+        faults.append(Fault(("stages", *place), f"{wrong}; {advice}", is_fatal=False))
+    return faults
+
+
+def _mutual(table: Table) -> list[Fault]:
+    """Pairs of one stage that read each other."""
+    faults = []
+    seen: set[Edge] = set()
+    for edge, place in table.edges.items():
+        source, target = edge
+        if Edge(target, source) in seen and table.stage_of(source) == table.stage_of(target):
+            wrong = f"'{target}' and '{source}' stand in one stage and read each other, but they act at the same time"
+            advice = (
+                "put one of them into a stage after the other; or, if each is meant to read what the other sent in the "
+                "round before, say `mutual: true`"
+            )
+            faults.append(Fault(place, f"{wrong}; {advice}", is_fatal=False))
+        seen.add(edge)
+    return faults

@@ -24,18 +24,21 @@ Knows nothing of graphs, models or tensors; the chat template comes as a functio
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field, model_validator
 
-from recursivemas.config import Config, parse, read_yaml
+from recursivemas.config import Config, Fault, bundled_or_file, parse, parse_document, read_document, some_of
 from recursivemas.errors import ConfigError, PatternError, unknown_name
 
 BUNDLED = Path(__file__).parent / "bundled" / "prompts"
 
 _FIELD = re.compile(r"\{([a-zA-Z_]\w*)(?::(\w+))?\}")
+_OURS = {"question", "instructions", "latents"}
+_NEARLY_A_FIELD = re.compile(r"\{\s*(?:question|instructions|latents)\b[^{}]*\}")
+"""What looks like a field; if it is none, because of a blank, say, the words would go to the model as they are."""
 
 
 class Slot(NamedTuple):
@@ -76,33 +79,30 @@ class PromptSet(Config):
             return source
         if isinstance(source, dict):
             return parse(cls, source, where="prompt set")
-        path = Path(source) if Path(source).suffix in (".yaml", ".yml") else BUNDLED / f"{source}.yaml"
-        if path.parent == BUNDLED and not path.is_file():
-            raise ConfigError(unknown_name("prompt set", str(source), [each.stem for each in BUNDLED.glob("*.yaml")]))
-        return parse(cls, read_yaml(path), where=str(path))
+        return parse_document(cls, read_document(bundled_or_file(source, BUNDLED, "prompt set")), find_faults)
 
     @model_validator(mode="after")
     def _check(self) -> "PromptSet":
-        words = {word for variant in self.variants.values() for word in variant}
-        for name, variant in self.variants.items():
-            for word in sorted(words - variant.keys()):
-                raise PatternError(f"prompt set '{self.name}': the variant '{name}' lacks the word '{word}'")
-        for word in sorted(words & {"question", "instructions", "latents"}):
-            raise PatternError(f"prompt set '{self.name}': a variant may not redefine '{word}'")
-        for role, templates in self.roles.items():
-            for name, template in templates.model_dump(exclude_none=True).items():
-                for field, slot in _FIELD.findall(template):
-                    if slot and field != "latents":
-                        raise PatternError(
-                            f"prompt set '{self.name}', {role}.{name}: '{{{field}:{slot}}}' is not a slot; "
-                            f"write {{latents:{slot}}}"
-                        )
-                    if not slot and field not in {"question", "instructions", *words}:
-                        known = ["question", "instructions", "latents:ROLE", *words]
-                        raise PatternError(
-                            f"prompt set '{self.name}', {role}.{name}: {unknown_name('placeholder', field, known)}"
-                        )
+        fatal = [fault.message for fault in find_faults(self.model_dump(exclude_none=True)) if fault.is_fatal]
+        if fatal:
+            raise PatternError(f"prompt set '{self.name}': {some_of(fatal)}")
         return self
+
+    def renamed(self, names: Mapping[str, str]) -> "PromptSet":
+        """The same words with other names for the roles and their slots. Raises `PatternError` if two become one."""
+
+        def renamed_slot(match: re.Match[str]) -> str:
+            field, slot = match.groups()
+            return f"{{latents:{names.get(slot, slot)}}}" if field == "latents" else match.group()
+
+        roles = {}
+        for role, templates in self.roles.items():
+            new = names.get(role, role)
+            if new in roles:
+                raise PatternError(f"prompt set '{self.name}': two roles would both be called '{new}'")
+            words = templates.model_dump(exclude_none=True)
+            roles[new] = {name: _FIELD.sub(renamed_slot, template) for name, template in words.items()}
+        return PromptSet.load({**self.model_dump(), "roles": roles})
 
     def variant(self, name: str | None) -> dict[str, str]:
         """The words of a variant; of the first one by default. Raises `ConfigError` for an unknown name."""
@@ -122,10 +122,8 @@ class PromptSet(Config):
         for template in fitting:
             if template is not None:
                 return template
-        wanted = "solo" if solo else f"round {round}"
-        raise PatternError(
-            f"prompt set '{self.name}' has no template for the {role} ({wanted}); add `always` or `solo` to it"
-        )
+        wanted, missing = ("solo", "solo") if solo else (f"round {round}", "always")
+        raise PatternError(f"prompt set '{self.name}' has no template for the {role} ({wanted}); add `{missing}` to it")
 
     def slots(self, role: str) -> set[str]:
         """Roles whose messages some template of this role has a slot for (not counting `solo`)."""
@@ -182,3 +180,57 @@ def _unused_marker(text: str) -> str:
     while (marker := f"\u2039slot {number}\u203a") in text:
         number += 1
     return marker
+
+
+def slots_of(template: str) -> dict[str, int]:
+    """Roles that a template has a slot for, each with the line of the template in which its first slot is."""
+    slots: dict[str, int] = {}
+    for match in _FIELD.finditer(template):
+        if match[1] == "latents" and match[2]:
+            slots.setdefault(match[2], template.count("\n", 0, match.start()))
+    return slots
+
+
+def templates_of(content: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Role, name and text of every template in a prompt set's plain data that has the right form."""
+    roles = content.get("roles")
+    for role, templates in roles.items() if isinstance(roles, Mapping) else ():
+        for name, template in templates.items() if isinstance(templates, Mapping) else ():
+            if isinstance(template, str) and name in RolePrompts.model_fields:
+                yield str(role), name, template
+
+
+def find_faults(content: Mapping[str, Any]) -> list[Fault]:
+    """All that is wrong with the words in a prompt set's plain data, as far as it has the right form."""
+    given = content.get("variants")
+    variants = (
+        {name: each for name, each in given.items() if isinstance(each, Mapping)} if isinstance(given, Mapping) else {}
+    )
+    words = {str(word) for variant in variants.values() for word in variant} - _OURS
+    faults = []
+    for name, variant in variants.items():
+        place = ("variants", str(name))
+        for word in sorted(words - variant.keys()):
+            faults.append(Fault(place, f"the variant '{name}' lacks the word '{word}'; the others have it"))
+        for word in sorted(_OURS & variant.keys()):
+            faults.append(Fault((*place, word), f"a variant may not redefine '{word}'; give its word another name"))
+    for role, name, template in templates_of(content):
+        for line, complaint in _wrong_fields(template, words):
+            faults.append(Fault(("roles", role, name), f"{role}.{name}: {complaint}", lines_below=line))
+    return faults
+
+
+def _wrong_fields(template: str, words: set[str]) -> Iterator[tuple[int, str]]:
+    """What stands in braces and is neither a word, nor a slot, nor plain text; with the line of the template."""
+    for match in re.finditer(rf"{_FIELD.pattern}|{_NEARLY_A_FIELD.pattern}", template):
+        field, slot = match[1], match[2]
+        line = template.count("\n", 0, match.start())
+        if field is None:
+            yield (
+                line,
+                f"'{match[0]}' is not a slot; write {{latents:ROLE}}, {{question}} or {{instructions}}, without blanks",
+            )
+        elif slot and field != "latents":
+            yield line, f"'{{{field}:{slot}}}' is not a slot; write {{latents:{slot}}}"
+        elif not slot and field not in {"question", "instructions", *words}:
+            yield line, unknown_name("placeholder", field, ["question", "instructions", "latents:ROLE", *words])

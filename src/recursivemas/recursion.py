@@ -2,17 +2,23 @@
 
 In every round each role in turn *reads* its prompt, with the messages it was sent in the slots of that prompt, then
 *emits* one message to those who read it; the answering role of the last round *speaks*, which is left to the caller:
-to decode, to stream, or to take a loss from. Whether gradients flow is the caller's affair, too.
+to decode, to stream, or to take a loss from. Whether gradients flow is the caller's affair, too. Roles that stand side
+by side and share a model think and write as one batch.
 
 Knows agents, links, a pattern and prompts; knows nothing of batches, traces, answers or losses.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from recursivemas.agents import Agent, Message, PrefixStore, Reading
-from recursivemas.channels import Channel, emit
+from recursivemas.channels import Channel, Emitted, Sender, emit
+from recursivemas.context import PromptSpace
 from recursivemas.decoding import Reply, SamplingParams
 from recursivemas.errors import NumericsError
 from recursivemas.interventions import Intervention
@@ -20,6 +26,10 @@ from recursivemas.links import RecursiveLink
 from recursivemas.patterns import Edge, Pattern, Turn
 from recursivemas.prompts import PromptSet, Segments
 from recursivemas.trace import Meter
+
+ROWS_TOGETHER = 64
+"""Rows up to which roles that share a model are played as one batch. The fewer rows, the more it saves; with many, a
+step is busy with one role, and the caches of several at once only take memory (benchmarks/parallel_roles.py)."""
 
 Sent = dict[tuple[str, int], Message]
 """Messages by edge and round."""
@@ -39,6 +49,10 @@ class Plan:
     answer_rounds: tuple[int, ...] = ()
     in_words: bool = False
     """Whether thoughts are teacher-forced (see `Agent.think`); in training only."""
+    judge: "Callable[[PlayedTurn], Tensor] | None" = None
+    """Takes the loss of an answering turn, as a part of that turn."""
+    recompute: bool = False
+    """Whether the backward pass computes each turn again, instead of keeping all that it needs of all turns."""
 
     def is_open(self, edge: Edge) -> bool:
         """Whether anything travels on an edge."""
@@ -60,6 +74,21 @@ class PlayedTurn:
     """What it sent, by edge, as it arrives: after interventions."""
     known: Sent = field(default_factory=dict)
     """What it read that nobody sent in this run: messages that were at hand, by edge and round."""
+    loss: Tensor | None = None
+    """Of an answering turn: what `Plan.judge` says of it."""
+
+
+@dataclass
+class Batch:
+    """Questions on their way through the loop: what was asked and how, and what has been read and sent so far."""
+
+    questions: Sequence[str]
+    keys: Sequence[str]
+    plan: Plan
+    meter: Meter
+    prefixes: PrefixStore = field(default_factory=PrefixStore)
+    rendered: dict[tuple[str, str], list[Segments]] = field(default_factory=dict)
+    sent: Sent = field(default_factory=dict)
 
 
 class Recursion:
@@ -83,70 +112,138 @@ class Recursion:
 
     def play(self, questions: Sequence[str], keys: Sequence[str], plan: Plan, meter: Meter) -> Iterator[PlayedTurn]:
         """Play a batch, turn by turn. The answering turn is read, and left to the caller to speak or to score."""
-        prefixes = PrefixStore()
-        rendered: dict[tuple[str, str], list[Segments]] = {}
-        sent: Sent = {}
-        for turn in self.pattern.schedule(
+        batch = Batch(questions, keys, plan, meter)
+        schedule = self.pattern.schedule(
             plan.num_rounds, answer_rounds=plan.answer_rounds, is_open=plan.is_open, is_known=plan.is_known
-        ):
-            agent = self.agents[turn.role]
-            phase = partial(meter.phase, turn.round, turn.role)
-            with phase("prefill"):
-                prompts = self._prompts(turn, questions, plan, rendered)
-                known = self._known(turn, plan)
-                reading = agent.read(prompts, self._inbox(turn, {**sent, **known}), prefixes)
-            meter.count(turn.round, turn.role, prompt_tokens=reading.prompt_tokens, positions=reading.positions)
-            if turn.speaks:
-                yield PlayedTurn(turn, agent, reading, known=known)
-                continue
-            edges = {str(edge): plan.channels[str(edge)] for edge in turn.sends}
-            messages, replies = emit(
-                agent,
-                reading,
-                edges,
-                self.links,
-                num_latent_steps=plan.num_latent_steps,
-                sampling=plan.sampling,
-                keys=[sampling_key(key, turn) for key in keys],
-                through_inner_link=self._through_inner_link,
-                in_words=plan.in_words,
-                phase=phase,
-            )
-            if any(channel.has_latents for channel in edges.values()):
-                meter.count(
-                    turn.round,
-                    turn.role,
-                    latent_steps=plan.num_latent_steps,
-                    positions=max(plan.num_latent_steps - 1, 0),
-                )
-            count_reply(meter, turn, replies)
-            arrived = {}
-            for edge in turn.sends:
-                message = plan.intervene(messages[str(edge)], str(edge), turn.round)
-                _check_finite(message, edge, turn.round, keys)
-                sent[str(edge), turn.round] = arrived[str(edge)] = message
-            yield PlayedTurn(turn, agent, reading, arrived, known)
+        )
+        for _, turns in groupby(schedule, key=lambda turn: turn.round):
+            yield from self._play_round(list(turns), batch)
 
-    def _prompts(
-        self, turn: Turn, questions: Sequence[str], plan: Plan, rendered: dict[tuple[str, str], list[Segments]]
-    ) -> list[Segments]:
+    def _play_round(self, turns: list[Turn], batch: Batch) -> Iterator[PlayedTurn]:
+        """Play the turns of one round; those that can be played together come with the first of them."""
+        most = max(1, ROWS_TOGETHER // len(batch.questions))
+        played: dict[Turn, PlayedTurn] = {}
+        for place, turn in enumerate(turns):
+            if turn not in played:
+                beside = [each for each in turns[place + 1 :] if self._is_beside(turn, each) and each not in played]
+                played |= self._play_together([turn, *beside[: most - 1]], batch)
+            yield played.pop(turn)
+
+    def _is_beside(self, turn: Turn, other: Turn) -> bool:
+        """Whether both send from one stage, where none hears the other in this round, and share a model."""
+        in_one_stage = self.pattern.stage_of(turn.role) == self.pattern.stage_of(other.role)
+        one_model = self.agents[turn.role].model is self.agents[other.role].model
+        return in_one_stage and one_model and not (turn.speaks or other.speaks)
+
+    def _play_together(self, turns: Sequence[Turn], batch: Batch) -> dict[Turn, PlayedTurn]:
+        """Play turns of one round whose agents share a model. An answering turn comes alone, and is only read."""
+        plan = batch.plan
+        if plan.recompute:
+            computed = checkpoint(self._compute, turns, batch, use_reentrant=False, preserve_rng_state=False)
+        else:
+            computed = self._compute(turns, batch)
+        read, emitted = computed
+        if turns[0].speaks:
+            return read
+        return {
+            turn: replace(played, messages=self._send(turn, each, batch))
+            for (turn, played), each in zip(read.items(), emitted, strict=True)
+        }
+
+    def _compute(self, turns: Sequence[Turn], batch: Batch) -> tuple[dict[Turn, PlayedTurn], list[Emitted]]:
+        """What is read and emitted in some turns. It changes nothing that would make it come out otherwise again."""
+        plan = batch.plan
+        read = {turn: self._read(turn, batch) for turn in turns}
+        if turns[0].speaks:
+            judge = plan.judge
+            return {turn: each if judge is None else replace(each, loss=judge(each)) for turn, each in read.items()}, []
+        emitted = emit(
+            [
+                Sender(
+                    turn.role,
+                    played.agent,
+                    played.reading,
+                    {str(edge): plan.channels[str(edge)] for edge in turn.sends},
+                    [sampling_key(key, turn) for key in batch.keys],
+                )
+                for turn, played in read.items()
+            ],
+            self.links,
+            num_latent_steps=plan.num_latent_steps,
+            sampling=plan.sampling,
+            through_inner_link=self._through_inner_link,
+            in_words=plan.in_words,
+            phase=partial(batch.meter.phase, turns[0].round),
+        )
+        return read, emitted
+
+    def _read(self, turn: Turn, batch: Batch) -> PlayedTurn:
+        """What a role has read by the time it sends or speaks."""
+        agent, meter = self.agents[turn.role], batch.meter
+        with meter.phase(turn.round, turn.role, "prefill"):
+            prompts = self._prompts(turn, batch)
+            known = self._known(turn, batch.plan)
+            reading = agent.read(prompts, self._inbox(turn, {**batch.sent, **known}), batch.prefixes)
+        _check_reading(reading, turn, batch.keys)
+        meter.count(turn.round, turn.role, prompt_tokens=reading.prompt_tokens, positions=reading.positions)
+        return PlayedTurn(turn, agent, reading, known=known)
+
+    def _send(self, turn: Turn, emitted: Emitted, batch: Batch) -> dict[str, Message]:
+        """Count what a role has emitted, let it be intervened with, and hand it on as it arrives."""
+        plan = batch.plan
+        if any(plan.channels[str(edge)].has_latents for edge in turn.sends):
+            steps = plan.num_latent_steps
+            batch.meter.count(turn.round, turn.role, latent_steps=steps, positions=max(steps - 1, 0))
+        count_reply(batch.meter, turn, emitted.replies)
+        arrived = {}
+        for edge in turn.sends:
+            message = plan.intervene(emitted.messages[str(edge)], str(edge), turn.round)
+            _check_finite(message, edge, turn.round, batch.keys)
+            batch.sent[str(edge), turn.round] = arrived[str(edge)] = message
+        return arrived
+
+    def _prompts(self, turn: Turn, batch: Batch) -> list[Segments]:
         """The prompt of a turn for every question; rendered once, where a later round has the same template."""
+        plan = batch.plan
         is_last = turn.speaks or turn.round == plan.num_rounds
         key = turn.role, self.prompts.template(turn.role, round=turn.round, is_last=is_last)
-        if key not in rendered:
-            rendered[key] = [
-                self.prompts.segments(
+        if key not in batch.rendered:
+            batch.rendered[key] = [self._words(turn, plan, question) for question in batch.questions]
+        return batch.rendered[key]
+
+    def _words(self, turn: Turn, plan: Plan, question: str) -> Segments:
+        """The prompt of a turn for one question."""
+        return self.prompts.segments(
+            turn.role,
+            question,
+            render_chat=self.agents[turn.role].model.render_chat,
+            round=turn.round,
+            is_last=turn.speaks or turn.round == plan.num_rounds,
+            variant=plan.variant,
+            instructions=plan.instructions,
+        )
+
+    def prompt_spaces(self, plan: Plan) -> list[PromptSpace]:
+        """Every prompt of a run, with the room its messages, thoughts and replies can take.
+
+        A text is given twice its tokens: to a reader with another tokenizer it may be longer than to its writer.
+        """
+        thoughts, text = plan.num_latent_steps, plan.sampling.max_new_tokens
+        spaces = []
+        for turn in self.pattern.schedule(plan.num_rounds, is_open=plan.is_open, is_known=plan.is_known):
+            read = {edge.source: plan.channels[str(edge)] for edge, round in self._read_by(turn) if round}
+            sent = [plan.channels[str(edge)] for edge in turn.sends]
+            thinks, writes = any(each.has_latents for each in sent), turn.speaks or any(each.has_text for each in sent)
+            spaces.append(
+                PromptSpace(
                     turn.role,
-                    question,
-                    render_chat=self.agents[turn.role].model.render_chat,
-                    round=turn.round,
-                    is_last=is_last,
-                    variant=plan.variant,
-                    instructions=plan.instructions,
+                    self.agents[turn.role].model,
+                    partial(self._words, turn, plan),
+                    {name: thoughts * each.has_latents + 2 * text * each.has_text for name, each in read.items()},
+                    max(thoughts * thinks, text * writes),
                 )
-                for question in questions
-            ]
-        return rendered[key]
+            )
+        return spaces
 
     def _known(self, turn: Turn, plan: Plan) -> Sent:
         """Messages that a turn reads and that were at hand before the run."""
@@ -175,6 +272,16 @@ def count_reply(meter: Meter, turn: Turn, replies: Sequence[Reply]) -> None:
     if replies:
         counts = [len(reply.token_ids) for reply in replies]
         meter.count(turn.round, turn.role, generated_tokens=counts, positions=[max(n - 1, 0) for n in counts])
+
+
+def _check_reading(reading: Reading, turn: Turn, keys: Sequence[str]) -> None:
+    wrong = ~reading.state.isfinite().all(dim=-1)
+    if bool(wrong.any()):
+        first = keys[int(wrong.nonzero()[0])]
+        raise NumericsError(
+            f"what the {turn.role} has read in round {turn.round} is not finite for {int(wrong.sum())} of {len(keys)} "
+            f"questions; the first is '{first[:60]}'. Use float32, or bfloat16 in place of float16."
+        )
 
 
 def _check_finite(message: Message, edge: Edge, round: int, keys: Sequence[str]) -> None:

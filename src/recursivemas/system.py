@@ -37,6 +37,7 @@ from recursivemas.checkpoint import (
     write_manifest,
 )
 from recursivemas.config import parse
+from recursivemas.context import fit_question
 from recursivemas.decoding import Reply, SamplingParams, make_reply, told_so_far
 from recursivemas.errors import (
     CheckpointError,
@@ -47,13 +48,16 @@ from recursivemas.errors import (
 )
 from recursivemas.interventions import INTERVENTIONS, Applied, Intervention, Replay, Zero
 from recursivemas.links import DEFAULT_DESIGN, RecursiveLink
-from recursivemas.models import LanguageModel
+from recursivemas.models import LanguageModel, load_models
 from recursivemas.patterns import Edge, Pattern
 from recursivemas.prompts import PromptSet
 from recursivemas.recursion import Plan, PlayedTurn, Recursion, Sent, count_reply, sampling_key
+from recursivemas.release.reading import read_release
+from recursivemas.release.writing import write_release
 from recursivemas.trace import LEVELS, Meter, Trace, TracedMessage, Usage, check_trace_dir, save_traces
 
 LATENT_SOURCES = ("rollout", "teacher")
+LONG_QUESTIONS = ("refuse", "truncate")
 
 Progress = Callable[[int, int], None]
 Intervene = Callable[[Message, str, int], Message]
@@ -74,6 +78,8 @@ class Result:
     trace: Trace
     finished: bool = True
     """Whether the answer ended by itself; otherwise it was cut at `max_new_tokens`."""
+    cut_tokens: int = 0
+    """Tokens that were cut off the beginning of a question too long for a context, where that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class RecursiveSystem:
 
     def _check(self) -> None:
         self.prompts.variant(self.settings.variant)
+        choose_channels(self.settings.channel, self._edge_names)
         for role in self.agents:
             if role not in self.pattern.roles:
                 raise PatternError(f"pattern '{self.pattern.name}': " + unknown_name("role", role, self.pattern.roles))
@@ -158,9 +165,10 @@ class RecursiveSystem:
     def build(
         cls,
         *,
-        agents: Mapping[str, str | Path | LanguageModel],
+        agents: Mapping[str, str | Path | LanguageModel | Mapping[str, Any]],
         pattern: str | Path | dict[str, Any] | Pattern = "sequential",
         prompts: str | Path | dict[str, Any] | PromptSet | None = None,
+        roles: Mapping[str, str] | None = None,
         design: str = DEFAULT_DESIGN,
         link_options: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -170,20 +178,18 @@ class RecursiveSystem:
     ) -> "RecursiveSystem":
         """A new system with untrained links, as loud as their readers are used to.
 
-        `agents` gives for each role a model, or its Hugging Face name or directory; roles with the same name share
-        one copy. `prompts` defaults to the bundled set with the pattern's name. Settings: see `SystemSettings`.
+        `agents` gives for each role a model, or its Hugging Face name or directory, or a mapping with that as `model`
+        and options of its own (dtype, device, device_map, attn_implementation, revision); roles with the same name and
+        options share one copy. `prompts` defaults to the bundled set with the pattern's name. `roles` gives roles of
+        the pattern other names, which `agents` then has; prompts in the old names are renamed as well. Settings: see
+        `SystemSettings`.
         """
         table = Pattern.load(pattern)
         words = PromptSet.load(prompts if prompts is not None else table.name)
-        loaded: dict[str, LanguageModel] = {}
-        models: dict[str, LanguageModel] = {}
-        for role, source in agents.items():
-            if isinstance(source, LanguageModel):
-                models[role] = source
-            else:
-                if str(source) not in loaded:
-                    loaded[str(source)] = LanguageModel.from_pretrained(source, dtype=dtype, device=device)
-                models[role] = loaded[str(source)]
+        if roles:
+            table = table.renamed(dict(roles))
+            words = words.renamed(roles) if roles.keys() <= words.roles.keys() else words
+        models = load_models(agents, dtype=dtype, device=device)
         for role in table.roles:
             if role not in models:
                 raise PatternError(f"the pattern '{table.name}' needs an agent for the role '{role}'")
@@ -240,6 +246,61 @@ class RecursiveSystem:
         system._place_links()
         return system
 
+    @classmethod
+    def from_release(
+        cls,
+        source: str | Path,
+        task: str = "math",
+        *,
+        pattern: str | Path | dict[str, Any] | Pattern | None = None,
+        prompts: str | Path | Mapping[str, Any] | PromptSet | None = None,
+        system_prompt: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "RecursiveSystem":
+        """Load a system in the authors' released layout: a directory, or a style on the hub (`"sequential_light"`).
+
+        `task` (math or code) picks the links where there are several sets. `pattern` is found out unless given, and its
+        roles are called as in `prompts`: a YAML file, or a mapping of role to `first` / `later` / `always` / ... .
+        Without it the words are ours, and a `ReleaseWarning` says that the links were trained on others. `dtype="auto"`
+        takes the precision of the files.
+
+        Raises `CheckpointError` naming the file and field that is missing, corrupt, or does not fit; no code in a file
+        is run.
+        """
+        release = read_release(
+            source,
+            task,
+            pattern=pattern,
+            prompts=prompts,
+            system_prompt=system_prompt,
+            dtype=dtype,
+            device=device,
+        )
+        settings = parse(SystemSettings, release.settings, where=str(source))
+        training = {"release": release.origin}
+        system = cls(release.agents, release.links, release.pattern, release.prompts, settings, training=training)
+        system._place_links()
+        return system
+
+    def save_release(self, directory: str | Path, *, task: str = "math", dtype: str = "float32") -> None:
+        """Write the system to a new directory in the authors' released layout; `dtype` is that of the links on disk.
+
+        Raises `CheckpointError` with the reason if the layout cannot express it, and `OutputError`.
+        """
+        with atomic_directory(Path(directory)) as draft:
+            write_release(
+                draft,
+                self.agents,
+                self.links,
+                self.pattern,
+                self.prompts,
+                message=self.settings.message,
+                num_rounds=self.settings.num_rounds,
+                task=task,
+                dtype=dtype,
+            )
+
     def save_pretrained(self, directory: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> None:
         """Write the system to a new directory, which appears only when it is complete.
 
@@ -282,8 +343,9 @@ class RecursiveSystem:
         """The answering role alone, with its `solo` prompt: the control every system is compared with."""
         pattern = self.pattern.alone()
         agents = {pattern.answers: self.agents[pattern.answers]}
+        settings = self.settings.model_copy(update={"channel": "none"})
         return RecursiveSystem(
-            agents, {}, pattern, self.prompts.alone(pattern.answers), self.settings, training=self.training
+            agents, {}, pattern, self.prompts.alone(pattern.answers), settings, training=self.training
         )
 
     @torch.no_grad()
@@ -367,14 +429,17 @@ class RecursiveSystem:
         batch_size: int = 64,
         seed: int = 0,
         progress: Progress | None = None,
+        on_long_question: str | None = None,
     ) -> Any:
         """Answer one question (a `Result`) or several (a list of them, in the order given).
 
-        `channel` is one name for all edges or one for each; `variant` a wording of the prompt set; `instructions` go
-        where the prompts say `{instructions}`. `trace` is off, summary or full (True means full); with `trace_dir`
-        tensors go to disk batch by batch. `intervene` is shuffled, zero, or a function (see interventions.py); `seed`
-        orders what is shuffled. `keys` name the questions for sampling (default: their text). A batch that does not fit
-        into the memory of a GPU is halved. Raises `InputError`, `ConfigError` or `NumericsError`.
+        `channel` is one name for all edges, or one for each (`*` for all others); `variant` a wording of the prompts;
+        `instructions` go where the prompts say `{instructions}`. `trace` is off, summary or full (True means full);
+        with `trace_dir` tensors go to disk batch by batch. `intervene` is shuffled, zero, or a function (see
+        interventions.py); `seed` orders what is shuffled. `keys` name the questions for sampling (default: their text).
+        A batch that does not fit into the memory of a GPU is halved. A question that does not fit into a context is
+        refused, or with `on_long_question="truncate"` cut on its left (see context.py). Raises `InputError`,
+        `ConfigError` or `NumericsError`.
         """
         several = as_questions(questions)
         level = _trace_level(trace)
@@ -383,10 +448,12 @@ class RecursiveSystem:
         if len(names) != len(several):
             raise InputError(f"{len(names)} keys were given for {len(several)} questions; give one for each")
         check_whole("batch_size", batch_size, 1, 1_000_000)
-        order, plan_of = self._intervened(plan, intervene, several, names, seed)
+        asked, cut = self._cut(several, plan, on_long_question)
+        order, plan_of = self._intervened(plan, intervene, asked, names, seed)
 
         def answer(rows: list[int]) -> list[Result]:
-            return self._answer([several[row] for row in rows], [names[row] for row in rows], plan_of(rows), level)
+            done = self._answer([asked[row] for row in rows], [names[row] for row in rows], plan_of(rows), level)
+            return [_mark_cut(result, several[row], cut[row]) for row, result in zip(rows, done, strict=True)]
 
         place = Path(trace_dir) if trace_dir is not None else None
         if place is not None:
@@ -412,6 +479,7 @@ class RecursiveSystem:
         sampling: SamplingParams | None = None,
         variant: str | None = None,
         instructions: str = "",
+        on_long_question: str | None = None,
     ) -> Iterator[PlayedTurn | TextDelta | Result]:
         """Answer one question, telling what happens: each turn, pieces of the answer, then the `Result`.
 
@@ -421,8 +489,9 @@ class RecursiveSystem:
         plan = self._plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
         meter = Meter(1, self._answering_model.device)
         trace = self._new_trace(question, question, plan, "summary")
+        asked, [cut] = self._cut([question], plan, on_long_question)
         # Gradients are switched off around each step, not around the yields: the mode is the caller's in between.
-        turns = self._recursion.play([question], [question], plan, meter)
+        turns = self._recursion.play(asked, [question], plan, meter)
         while True:
             with torch.no_grad():
                 played = next(turns, None)
@@ -450,7 +519,7 @@ class RecursiveSystem:
                 yield TextDelta(reply.text[len(told) :])
             count_reply(meter, played.turn, [reply])
             trace.answer = reply.text
-            yield Result(reply.text, meter.usages()[0], trace, reply.finished)
+            yield _mark_cut(Result(reply.text, meter.usages()[0], trace, reply.finished), question, cut)
 
     def unroll(
         self,
@@ -465,6 +534,8 @@ class RecursiveSystem:
         instructions: str = "",
         intervene: str | Intervention | Intervene | None = None,
         keys: Sequence[str] | None = None,
+        judge: Callable[[PlayedTurn], Tensor] | None = None,
+        recompute: bool = False,
     ) -> Iterator[PlayedTurn]:
         """The same loop with gradients (eq. 2): play it turn by turn, for the caller to take losses from.
 
@@ -472,6 +543,10 @@ class RecursiveSystem:
         cross-entropy of eq. 6. `answer_rounds` asks for such a turn in earlier rounds too. `latent_source` is rollout,
         as in a run, or teacher: the states from which the agents would write their text. Text before a prompt's first
         slot is read without gradient; everything after it, and every cache, carries it. `keys` name the questions.
+
+        `judge` takes the loss of a turn that speaks, which is then its `loss`. With `recompute` the backward pass
+        computes each turn again when it comes to it, its loss too, and holds what it needs of one turn at a time: same
+        gradients, about a third more time, and memory that hardly grows with the rounds.
         """
         several = as_questions(questions)
         plan = self._plan(num_rounds, num_latent_steps, channel, None, variant, instructions)
@@ -484,6 +559,8 @@ class RecursiveSystem:
             answer_rounds=tuple(answer_rounds),
             intervene=as_intervention(intervene),
             in_words=latent_source == "teacher",
+            judge=judge,
+            recompute=recompute,
         )
         meter = Meter(len(several), self._answering_model.device)
         return self._recursion.play(several, several if keys is None else keys, plan, meter)
@@ -547,6 +624,18 @@ class RecursiveSystem:
             for played in self._recursion.play(questions, keys, plan, meter):
                 messages.update({(edge, played.turn.round): message for edge, message in played.messages.items()})
         return messages
+
+    def _cut(self, questions: list[str], plan: Plan, on_long_question: str | None) -> tuple[list[str], list[int]]:
+        """The questions as they are read, and how many tokens (of the role that answers) were cut off each."""
+        wanted = self.settings.on_long_question if on_long_question is None else on_long_question
+        if wanted not in LONG_QUESTIONS:
+            raise ConfigError(unknown_name("way with long questions", wanted, LONG_QUESTIONS))
+        if wanted == "refuse":
+            return questions, [0] * len(questions)
+        prompts = self._recursion.prompt_spaces(plan)
+        kept = [fit_question(question, prompts) for question in questions]
+        lengths = [[len(ids) for ids in self._answering_model.encode_batch(texts)] for texts in (questions, kept)]
+        return kept, [before - after for before, after in zip(*lengths, strict=True)]
 
     # Settings and records
 
@@ -632,6 +721,14 @@ class RecursiveSystem:
     def __repr__(self) -> str:
         models = ", ".join(f"{role}: {agent.model.config.model_type}" for role, agent in self.agents.items())
         return f"RecursiveSystem({self.settings.name!r}, pattern={self.pattern.name!r}, {models})"
+
+
+def _mark_cut(result: Result, question: str, cut_tokens: int) -> Result:
+    """A result that says how much of its question was cut off."""
+    if cut_tokens:
+        result.trace.question = question
+        result.trace.settings["cut_tokens"] = cut_tokens
+    return replace(result, cut_tokens=cut_tokens)
 
 
 def as_intervention(given: str | Intervention | Intervene | None) -> Intervention:

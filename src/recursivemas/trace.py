@@ -9,7 +9,8 @@ What is counted, for each question, by agent and round:
     positions          positions that went through a model; a position that is read again counts again, pads do not
     seconds            by phase: prefill, latent, link, decode; synchronised with the device
 
-Questions run in batches: the seconds of a question are those of its batch divided by the size of the batch.
+Questions run in batches: the seconds of a question are those of its batch divided by the size of the batch. In the
+same way roles that share a model and act side by side share the seconds in which they think and write as one batch.
 
 A trace of level `summary` holds norms and nearest tokens of every message; `full` holds the tensors too, so that the
 run can be replayed from any message. Tensors that were written to disk are read back when they are asked for.
@@ -124,13 +125,16 @@ class Meter:
             turn[name] = [old + new for old, new in zip(turn[name], values, strict=True)]
 
     @contextmanager
-    def phase(self, round: int, role: str, phase: str) -> Iterator[None]:
-        """Add the time spent inside to a phase of a turn."""
+    def phase(self, round: int, roles: str | Sequence[str], phase: str) -> Iterator[None]:
+        """Add the time spent inside to a phase of a turn; roles that worked as one batch have equal shares in it."""
+        several = [roles] if isinstance(roles, str) else roles
         start = self._now()
         try:
             yield
         finally:
-            self._seconds[round, role][phase] += self._now() - start
+            seconds = self._now() - start
+            for role in several:
+                self._seconds[round, role][phase] += seconds / len(several)
 
     def usages(self) -> list[Usage]:
         """The usage of every question of the batch."""

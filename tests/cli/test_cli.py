@@ -68,10 +68,12 @@ def write_jsonl(file: Path, rows: list[dict]) -> Path:
 
 def test_every_verb_teaches_by_an_example(invoke: Invoke) -> None:
     assert invoke("--help").exit_code == 0
-    for verb in ("demo", "run", "train", "eval", "world"):
+    for verb in ("demo", "run", "train", "eval", "import", "export", "world"):
         shown = invoke(verb, "--help").stdout
         assert "Example:" in shown
         assert f"recursivemas {verb}" in shown
+    for verb in ("check", "show"):
+        assert f"recursivemas pattern {verb}" in invoke("pattern", verb, "--help").stdout
     assert "recursivemas inspect links" in invoke("inspect", "links", "--help").stdout
 
 
@@ -94,6 +96,7 @@ def test_options_are_frozen() -> None:
                 "output",
                 "seed",
                 "device",
+                "dtype",
                 "as_json",
             ]
         ),
@@ -121,7 +124,7 @@ def test_options_are_frozen() -> None:
                 "as_json",
             ]
         ),
-        "train": ["as_json", "device", "recipe", "seed", "set_", "stage"],
+        "train": ["as_json", "device", "dry_run", "recipe", "seed", "set_", "stage"],
         "eval": sorted(
             [
                 "system",
@@ -150,6 +153,23 @@ def test_options_are_frozen() -> None:
                 "as_json",
             ]
         ),
+        "import": sorted(
+            [
+                "release",
+                "output",
+                "task",
+                "pattern",
+                "prompts",
+                "system_prompt",
+                "prompts_from",
+                "yes",
+                "dtype",
+                "as_json",
+            ]
+        ),
+        "pattern check": ["as_json", "pattern", "prompts"],
+        "pattern show": ["as_json", "pattern", "svg"],
+        "export": sorted(["system", "output", "task", "link_dtype", "dtype", "as_json"]),
         "world": ["action", "as_json", "n", "name", "output", "seed", "split", "workers"],
     }
 
@@ -269,7 +289,7 @@ def test_links_are_diagnosed_edge_by_edge(invoke: Invoke, tmp_path: Path) -> Non
     shown = invoke("inspect", "links", "ward", *options)
     assert shown.exit_code == 0, shown.output
     assert "planner->critic, round 1: " in shown.stdout
-    assert "links.json, links.svg" in shown.stderr
+    assert "links.json, health.svg, links.svg" in shown.stderr
     report = json.loads((tmp_path / "out" / "links.json").read_text())
     assert (report["system"], report["n"], report["split"], report["variant"]) == ("ward", 6, "validation", "short")
     assert report["world"] == {"name": "ward", "seed": 0}
@@ -278,18 +298,28 @@ def test_links_are_diagnosed_edge_by_edge(invoke: Invoke, tmp_path: Path) -> Non
         ("critic->solver", 1),
         ("solver->planner", 1),
     ]
-    assert (tmp_path / "out" / "links.svg").read_text().endswith("</svg>\n")
-    assert json.loads(invoke("inspect", "links", "ward", *options, "--json").stdout)["edges"] == report["edges"]
+    assert [each["figures"]["link"] for each in report["links"]][2:4] == ["solver", "planner->critic"]
+    assert {each["verdicts"][0]["cause"] for each in report["links"]} == {"no fault seen"}
+    for figure in ("links.svg", "health.svg"):
+        assert (tmp_path / "out" / figure).read_text().endswith("</svg>\n")
+    again = json.loads(invoke("inspect", "links", "ward", *options, "--json").stdout)
+    assert (again["edges"], again["links"]) == (report["edges"], report["links"])
 
 
-def test_links_of_a_system_of_no_known_world_are_looked_at_by_themselves(invoke: Invoke, saved: Path) -> None:
-    result = invoke("inspect", "links", saved)
+def test_links_of_a_system_of_no_known_world_are_looked_at_by_themselves(
+    invoke: Invoke, saved: Path, tmp_path: Path
+) -> None:
+    result = invoke("inspect", "links", saved, "--out", "out")
     assert result.exit_code == 0, result.output
-    assert "no fault seen" in result.stdout
+    assert "inner planner: never trained – its weights cannot be told from random numbers" in result.stdout
+    assert "→ never trained: train it" in result.stdout
     assert "--world" in result.stderr
+    assert "links.json, health.svg\n" in result.stderr
     report = json.loads(invoke("inspect", "links", saved, "--json").stdout)
-    assert (report["world"], report["n"]) == (None, 0)
-    assert all(each["figures"]["hand_off"] is None for each in report["edges"])
+    assert (report["world"], report["n"], report["edges"]) == (None, 0, [])
+    assert {each["verdicts"][0]["cause"] for each in report["links"]} == {"never trained"}
+    assert report["advice"][0].startswith("never trained: ")
+    assert json.loads((tmp_path / "out" / "links.json").read_text())["links"] == report["links"]
 
 
 # eval
@@ -397,6 +427,89 @@ def test_training_in_stages_equals_training_at_once(invoke: Invoke, tmp_path: Pa
     again = invoke("train", "ward.yaml", "--stage", "inner", "--set", "output=runs/staged", "--json")
     assert json.loads(again.stdout)["stages"]["outer"] == reports["outer"]
     assert not differing(whole, links_of(tmp_path / "runs" / "staged" / "system"))
+
+
+# Agents of one's own, questions of one's own, and what each role should write about them.
+OWN = """
+agents: {planner: models/planner, critic: models/critic, solver: models/solver}
+questions: {train: train.jsonl, validation: validation.jsonl}
+output: runs/own
+num_rounds: 2
+num_latent_steps: 3
+max_new_tokens: 8
+lengths: {question: 12, reply: 6}
+inner: {num_samples: 16, num_train_steps: 6, batch_size: 64}
+alignment: {num_samples: 16, num_train_steps: 6, batch_size: 64}
+outer: {num_samples: 16, num_train_steps: 3, batch_size: 4, num_validation: 4, validate_every: 2}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, tiny_models: dict) -> Path:
+    for role, model in zip(("planner", "critic", "solver"), tiny_models.values(), strict=True):
+        model.save_pretrained(tmp_path / "models" / role)
+    rows = [
+        {"question": f"What is {n} + 2?", "answer": n + 2, "planner": f"Add 2 to {n}.", "critic": f"{n}, then 2 more."}
+        for n in range(20)
+    ]
+    write_jsonl(tmp_path / "train.jsonl", rows[:16])
+    write_jsonl(tmp_path / "validation.jsonl", [{key: row[key] for key in ("question", "answer")} for row in rows[16:]])
+    (tmp_path / "own.yaml").write_text(OWN)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_agents_are_trained_on_files(invoke: Invoke, own: Path, dtype: str) -> None:
+    trained = invoke("train", "own.yaml", "--set", f"dtype={dtype}")
+    assert trained.exit_code == 0, trained.output
+    assert "eval runs/own/system --data validation.jsonl" in trained.stderr
+    report = json.loads(invoke("train", "own.yaml", "--set", f"dtype={dtype}", "--json").stdout)
+    system = RecursiveSystem.from_pretrained(report["system"])
+    assert system.pattern.name == "sequential"
+    assert set(report["stages"]) == {
+        *(f"inner {role}" for role in system.agents),
+        *(f"alignment {e}" for e in system.links),
+        "outer",
+    }
+    assert report["stages"]["outer"]["steps"] == 3
+    assert {link.w1.weight.dtype for link in system.all_links.values()} == {torch.float32}
+    health = json.loads(invoke("inspect", "links", report["system"], "--json").stdout)["links"]
+    assert all(each["figures"]["moved"] > 0 for each in health)
+
+
+def test_a_role_without_text_is_named(invoke: Invoke, own: Path) -> None:
+    write_jsonl(own / "train.jsonl", [{"question": "Why?", "answer": "So.", "planner": "Ask."}] * 2)
+    assert_refused(invoke("train", "own.yaml"), "train.jsonl", "column 'critic'", "--stage outer")
+    alone = ("--stage", "outer", "--set", "outer.anchor=0", "--set", "output=runs/outer")
+    assert invoke("train", "own.yaml", *alone).exit_code == 0
+    write_jsonl(own / "train.jsonl", [{"question": "Why?", "answer": "So.", "planner": 3, "critic": "x"}])
+    assert_refused(
+        invoke("train", "own.yaml", "--set", "output=runs/other"), "sample 1", "column 'planner'", "not text"
+    )
+
+
+def test_a_dry_run_says_what_training_would_take(invoke: Invoke, own: Path) -> None:
+    shown = invoke("train", "own.yaml", "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    for words in ("models/planner", "qwen3", "planner->critic", "peak", "to download: 0.00 GB"):
+        assert words in shown.stdout
+    assert not (own / "runs").exists()
+    found = json.loads(invoke("train", "own.yaml", "--dry-run", "--json", "--stage", "outer").stdout)
+    assert found["stages"] == ["outer"]
+    assert found["memory"]["inner"] == 0 < found["memory"]["peak"]
+
+
+@pytest.mark.parametrize("name", ["sequential_light", "sequential_scaled", "mixture", "distillation", "deliberation"])
+def test_recipes_of_the_paper_need_neither_network_nor_weights(invoke: Invoke, name: str) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "paper" / f"{name}.yaml"
+    shown = invoke("train", recipe, "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    assert "data sets: RecursiveMAS/" in shown.stdout
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines() if "data sets" not in line)
+    plain = json.loads(invoke("train", recipe, "--dry-run", "--json").stdout)
+    assert plain["stages"] == ["inner", "outer"]
+    assert plain["data"]["outer"].startswith("RecursiveMAS/")
+    assert_refused(invoke("train", recipe), "data sets", "--dry-run", "questions")
 
 
 def test_the_outer_loop_says_what_it_did(invoke: Invoke, tmp_path: Path) -> None:

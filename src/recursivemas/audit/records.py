@@ -1,7 +1,7 @@
 """What is found out about the links of a system, as data.
 
 Every mean stands with its standard error and its n (`evaluation.metrics.Mean`). Knows nothing of how the numbers were
-measured, of what they mean (see `verdicts.py`), or of how they are shown (see `link_views.py`).
+measured, of what they mean (see `verdicts.py`), or of how they are shown (see the views).
 """
 
 import math
@@ -72,28 +72,91 @@ class HandOff:
 
 
 @dataclass(frozen=True)
+class Variety:
+    """How much vectors of different questions (or places of a text) differ; None where no two can be compared."""
+
+    cosine: float | None
+    """Mean cosine between any two at the same latent step; 1: all say the same."""
+    spread: float | None
+    """1 minus the mean squared cosine: 0 if all lie on one line, be it to both sides; near 1 if they point anywhere."""
+    rank: float | None
+    """Directions in which they differ: the participation ratio of the eigenvalues of their covariance about the mean of
+    each latent step, from 1 to their width; None if they do not differ."""
+
+
+@dataclass(frozen=True)
 class MessageFigures:
-    """The messages themselves: m vectors for each question, or the vectors of a calibration text."""
+    """The messages themselves: m vectors for each question."""
 
     loudness: float
     """Mean norm, in units of the mean norm of the reader's embedding table."""
     loudness_spread: float
     """Standard deviation of the norms, in the same units."""
-    cosine: float | None
-    """Mean cosine between the vectors of different questions at the same latent step; 1: all say the same."""
-    words_cosine: float | None
-    """The same for the reader's embeddings of the texts by the book."""
-    rank: float | None
-    """Directions in which messages of different questions differ: the participation ratio of the eigenvalues of their
-    covariance about the mean of each latent step, from 1 to the width of the reader; None if they do not differ."""
-    words_rank: float | None
-    """The same for the reader's embeddings of the texts by the book."""
+    messages: Variety
+    words: Variety
+    """Of the reader's embeddings of the texts by the book."""
+
+
+@dataclass(frozen=True)
+class WeightFigures:
+    """One matrix of a link beside a matrix of numbers drawn at random (see `health.py` for the theory)."""
+
+    shape: tuple[int, int]
+    scale: float
+    """Root mean square, in units of that of PyTorch's default initialisation."""
+    spectrum: tuple[float, ...]
+    """Singular values, the largest first; of more than 64, that many at even places, the first and last among them."""
+    drawn_spectrum: tuple[float, ...]
+    """The same of a matrix of this shape as PyTorch draws it."""
+    distance: float
+    """Norm of the difference of the two spectra (all values), in units of the norm of the second: it has moved at least
+    so far from whatever it was drawn as, since no change moves a spectrum further than the matrix (Mirsky)."""
+    structure: float
+    """The same with the scale taken out, in units in which random numbers have 1 to 2, whatever the shape."""
+    beyond_uniform: float
+    """How far the largest number is beyond what uniform numbers of this root mean square reach, in standard errors."""
+    off_normal: float
+    """How far the fourth moment is from that of normal numbers, in standard errors."""
+
+
+@dataclass(frozen=True)
+class GainFigures:
+    """The gains of one LayerNorm."""
+
+    value: float
+    """The most frequent one."""
+    share: float
+    """Share of all gains, 0 to 1, that are exactly that."""
+
+
+@dataclass(frozen=True)
+class OutputFigures:
+    """What a link makes of the probe (words that nobody chose), beside what its reader is used to."""
+
+    loudness: float
+    loudness_spread: float
+    """As for messages."""
+    outputs: Variety
+    inputs: Variety
+    """Of what goes into the link."""
+    words: Variety
+    """Of the reader's own embeddings of some words."""
+    uneven: dict[int, float]
+    """Dimensions in which the link is far louder (above 1) or quieter than in most, both beside the root mean square of
+    the reader's embeddings; with how many times."""
 
 
 @dataclass(frozen=True)
 class LinkFigures:
-    """A link beside the one it started as."""
+    """A link by itself: its weights, and what it makes of words that nobody chose."""
 
+    link: str
+    """An edge, or a role for its inner link."""
+    kind: str
+    """`inner` or `outer`."""
+    parameters: int
+    output_size: int
+    """Width of what comes out: of the reader."""
     moved: float | None
     """Norm of the change of all its weights, in units of the norm of the start; None if the start is not known."""
     moved_by_tensor: dict[str, float | None] | None
@@ -101,6 +164,11 @@ class LinkFigures:
     learned_share: float
     """Mean norm of the part that is not the residual, W2 gelu(W1 h), in units of the norm of their sum: 0 is the
     residual alone; a design without a residual has 1."""
+    weights: dict[str, WeightFigures]
+    """By matrix: w1, w2, w3."""
+    gains: dict[str, GainFigures]
+    """By LayerNorm: source_norm, target_norm; empty in a design without."""
+    output: OutputFigures
 
 
 @dataclass(frozen=True)
@@ -108,17 +176,12 @@ class EdgeFigures:
     """Everything measured on one edge in one round."""
 
     edge: str
-    round: int | None
-    """The round in which the message is sent; None where there were no conversations to measure on."""
+    round: int
+    """The round in which the message is sent."""
     n: int
     """Questions."""
-    hand_off: HandOff | None
-    """None where there were no conversations."""
+    hand_off: HandOff
     message: MessageFigures
-    outer: LinkFigures
-    """The link of the edge."""
-    inner: LinkFigures
-    """The sender's inner link."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +205,18 @@ class Verdict:
     """One cause why something does not arrive, or that all does."""
 
     cause: str
-    """A name of `verdicts.CAUSES`."""
+    """A name of `verdicts.ADVICE`."""
     reason: str
     """The numbers it was seen from, in words."""
+
+
+@dataclass(frozen=True)
+class LinkDiagnosis:
+    """The figures of one link, and what they say."""
+
+    figures: LinkFigures
+    verdicts: tuple[Verdict, ...]
+    """Never empty."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +224,7 @@ class EdgeDiagnosis:
     """The figures of one edge in one round, and what they say."""
 
     figures: EdgeFigures
-    losses: Losses | None
-    """None where there were no conversations."""
+    losses: Losses
     verdicts: tuple[Verdict, ...]
     """Never empty. The first is what explains the loss; the others may follow from it."""
 

@@ -1,4 +1,6 @@
-"""From the figures of an edge to words: what is lost on it, and the first cause in the chain that explains it.
+"""From figures to words: what is wrong with a link, what is lost on an edge, and what to do about it.
+
+Of a link by itself all faults are told. Of an edge the first cause in the chain that explains its loss comes first:
 
     sender writes its text -> (is sure of it) -> inner link rolls it out -> outer link carries it -> reader reads it
 
@@ -6,8 +8,19 @@ Every threshold is a constant with its reason. Knows figures; knows nothing of h
 """
 
 import math
+from collections.abc import Collection
 
-from recursivemas.audit.records import EdgeFigures, HandOff, Losses, MessageFigures, Split, Verdict
+from recursivemas.audit.records import (
+    EdgeFigures,
+    HandOff,
+    LinkFigures,
+    Losses,
+    MessageFigures,
+    OutputFigures,
+    Split,
+    Verdict,
+    WeightFigures,
+)
 from recursivemas.evaluation.figures import decimal
 
 NOT_FINITE = "not finite"
@@ -17,6 +30,9 @@ DEAF = "reader ignores its slot"
 LOUD = "too loud"
 QUIET = "too quiet"
 COLLAPSED = "collapsed"
+UNEVENLY_LOUD = "wrong scale in some dimensions"
+UNTRAINED = "never trained"
+FROZEN = "gains never moved"
 OUTER_START = "outer link never trained"
 INNER_START = "inner link never trained"
 CUT = "text longer than the message"
@@ -26,12 +42,33 @@ INNER = "inner link drifts (rolled out)"
 HEALTHY = "healthy"
 UNTRIED = "no fault seen"
 
-CAUSES = (
-    NOT_FINITE, SENDER, READER, DEAF, LOUD, QUIET, COLLAPSED, OUTER_START, INNER_START, CUT, DOUBT, OUTER, INNER,
-    HEALTHY, UNTRIED,
-)  # fmt: skip
-"""All of them, in the order in which those of one edge are named (but see `judge`): what agents do in words, what is
-plainly wrong with messages or links, and what is concluded from readers that do worse with latents than with text."""
+_SIZE = "size it: system.calibrate(TEXT) makes every link as loud as its reader is used to; then train the outer loop"
+_TRAIN = "train it (recursivemas train), or let the edges it serves pass text (--channel EDGE=text)"
+ADVICE = {
+    NOT_FINITE: "go back to an earlier checkpoint, or train anew in float32",
+    SENDER: "no link can mend this: give the sender another model or another prompt",
+    READER: "no link can mend this: give the reader another model or another prompt",
+    DEAF: "look at the reader's prompt: its answer does not depend on what it is sent",
+    LOUD: _SIZE,
+    QUIET: _SIZE,
+    COLLAPSED: "train it anew from the alignment, with a lower learning rate or a larger anchor (outer.anchor)",
+    UNEVENLY_LOUD: "train the alignment again, which fits every dimension to the reader's embeddings",
+    UNTRAINED: _TRAIN,
+    FROZEN: "train its parameters in float32, as recursivemas train does; in bfloat16 gains around 1 cannot move",
+    OUTER_START: _TRAIN,
+    INNER_START: _TRAIN,
+    CUT: "take more latent steps (--latent-steps), or let the sender write less",
+    DOUBT: "nothing, if answers are good: latents of an unsure sender say all that it thinks possible",
+    OUTER: "train the alignment longer or on more turns, then the outer loop",
+    INNER: "train the inner links longer or on more turns, then the outer loop",
+    HEALTHY: "",
+    UNTRIED: "",
+}
+"""All causes with what to do about them, in the order in which those of one edge are named (but see `judge`): what
+agents do in words, what is plainly wrong with messages or links, and what is concluded from readers that do worse with
+latents than with text."""
+
+CAUSES = tuple(ADVICE)
 
 NAMED = 0.1
 """A loss is named from this share of all questions on: one in ten, eight hand-offs in a row, leaves less than half."""
@@ -57,9 +94,114 @@ DOUBTFUL = 0.5
 """Of what the text tells: so much may be missing from the latents of an unsure sender without a fault of its links. It
 was .3 to .4 on links that lose nothing where the sender is sure, and 1 on links drawn anew."""
 
+STRUCTURED = 4.0
+"""Distance of a spectrum from that of random numbers, in units that do not depend on the shape: 2,000 drawn matrices of
+8 to 1,024 rows had .4 to 2.6; the matrices of trained links mostly more than 10."""
+
+BEYOND = 5.0
+"""Standard errors by which the largest of uniform numbers may seem to exceed them, since their root mean square is an
+estimate."""
+
+OFF_NORMAL = 4.0
+"""Standard errors for the fourth moment of normal numbers."""
+
+FROZEN_SHARE = 0.9
+"""Of the gains of a link's last LayerNorm, if they are the same number: released ones are exactly 1.000 from the fifth
+to the 95th percentile. Those of its first one matter less, since the weights behind them can do the same."""
+
+LEAST_SPREAD = 1 / 3
+"""Of the spread of a link's outputs, relative to that of its inputs or of the reader's words, whichever is the smaller:
+trained links were seen at .6 and more."""
+
+UNEVEN = 10.0
+UNEVEN_AT_ALL = 4.0
+STANDS_OUT = 6.0
+"""A dimension is uneven if it is 10 times off, or 4 times and by 6 standard deviations of all dimensions: trained links
+were seen up to 7 times off, with deviations of 2 times, as embeddings of small worlds have a few large dimensions."""
+
+QUIET_DIMENSIONS = 0.02
+"""Share of dimensions that may be too quiet: many embedding tables have a few that are far larger than the others, and
+readers do without them. One that is too loud drowns the others."""
+
 FAR = 0.5
 """Distance of rolled-out from teacher-forced states, in units of the latter's norm: trained inner links were seen at up
 to .2, redrawn ones at .2 to .9, mostly above this."""
+
+
+# --- a link by itself -------------------------------------------------------------------------------------------------
+
+
+def judge_link(figures: LinkFigures) -> tuple[Verdict, ...]:
+    """All that is wrong with a link as far as can be seen of it alone, in the order of `ADVICE`."""
+    output = figures.output
+    if not math.isfinite(output.loudness) or not all(math.isfinite(each.scale) for each in figures.weights.values()):
+        return (Verdict(NOT_FINITE, "its weights or outputs hold values that are not numbers"),)
+    found = [
+        *_wrong_loudness(output),
+        *_wrong_variety(output),
+        *_wrong_dimensions(output, of=figures.output_size),
+        *_wrong_weights(figures),
+    ]
+    return tuple(found) or (Verdict(UNTRIED, "as far as can be seen of the link by itself"),)
+
+
+def _wrong_loudness(output: OutputFigures | MessageFigures) -> list[Verdict]:
+    times = f"{output.loudness:.2g} times as loud as what its reader is used to"
+    if output.loudness > LOUDEST:
+        return [Verdict(LOUD, times)]
+    return [Verdict(QUIET, times)] if output.loudness < QUIETEST else []
+
+
+def _wrong_variety(output: OutputFigures) -> list[Verdict]:
+    known = [each.spread for each in (output.inputs, output.words) if each.spread is not None]
+    if output.outputs.spread is None or not known or output.outputs.spread >= LEAST_SPREAD * min(known):
+        return []
+    cosines = (decimal(each.cosine, 2) for each in (output.outputs, output.inputs, output.words))
+    spreads = (decimal(each.spread, 2) for each in (output.outputs, output.inputs, output.words))
+    words = "different words come out alike: cosine {}, {} of what goes in, {} of the reader's words".format(*cosines)
+    return [Verdict(COLLAPSED, "{} (spread {}, {}, {})".format(words, *spreads))]
+
+
+def _wrong_dimensions(output: OutputFigures, *, of: int) -> list[Verdict]:
+    loud = {place: ratio for place, ratio in output.uneven.items() if ratio > 1}
+    quiet = {place: ratio for place, ratio in output.uneven.items() if ratio < 1}
+    if not loud and len(quiet) < max(2, QUIET_DIMENSIONS * of):
+        return []
+    parts = []
+    for which, far in (("loud", loud), ("quiet", quiet)):
+        if far:
+            furthest = max(far, key=lambda place: abs(math.log(far[place])))
+            times = far[furthest] if which == "loud" else 1 / far[furthest]
+            parts.append(f"{len(far)} too {which} (dimension {furthest} {times:.2g} times)")
+    return [Verdict(UNEVENLY_LOUD, f"of {of} dimensions, {' and '.join(parts)} beside the others")]
+
+
+def _wrong_weights(figures: LinkFigures) -> list[Verdict]:
+    if figures.moved is not None and figures.moved < UNMOVED:
+        return [Verdict(UNTRAINED, f"its weights are those it was drawn with (changed by {decimal(figures.moved)})")]
+    if all(looks_drawn(weight) for weight in figures.weights.values()):
+        spectra = "; ".join(
+            f"{name} {_say_spectrum(each.spectrum)}, {_say_spectrum(each.drawn_spectrum)}"
+            for name, each in figures.weights.items()
+        )
+        which = "largest/median/smallest singular value, and of a new link"
+        return [Verdict(UNTRAINED, f"its weights cannot be told from random numbers ({which}: {spectra})")]
+    last = figures.gains.get("target_norm")
+    if last is None or last.share < FROZEN_SHARE:
+        return []
+    return [Verdict(FROZEN, f"{100 * last.share:.0f}% of the gains of its last LayerNorm are {last.value:.4g}")]
+
+
+def looks_drawn(weight: WeightFigures) -> bool:
+    """Whether a matrix cannot be told from independent numbers, uniform or normal, of whatever size; or is zero."""
+    if not weight.scale:
+        return True
+    is_random = weight.structure <= STRUCTURED
+    return is_random and (weight.beyond_uniform <= BEYOND or abs(weight.off_normal) <= OFF_NORMAL)
+
+
+def _say_spectrum(values: tuple[float, ...]) -> str:
+    return f"{values[0]:.2f}/{values[len(values) // 2]:.2f}/{values[-1]:.3f}"
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -131,55 +273,41 @@ def _value(split: Split, group: str) -> float:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def judge(figures: EdgeFigures, losses: Losses | None) -> tuple[Verdict, ...]:
+def judge(figures: EdgeFigures, losses: Losses, untrained: Collection[str] = ()) -> tuple[Verdict, ...]:
     """What the figures say. Causes stand in the order of the chain; those that cost less than half of what the dearest
-    one costs stand behind the others."""
+    one costs stand behind the others. `untrained` says which links were never trained: `outer`, `inner`, or both."""
     if not math.isfinite(figures.message.loudness):
         return (Verdict(NOT_FINITE, "messages hold values that are not numbers, and a run would stop at them"),)
-    found = _in_messages(figures, losses)
-    if losses is not None and figures.hand_off is not None:
-        found |= _in_hand_off(figures.hand_off, losses)
+    found = _in_messages(figures.message, losses, untrained) | _in_hand_off(figures.hand_off, losses)
     if not found:
-        return (_nothing_found(figures),)
+        text, rollout = (_value(figures.hand_off.received[source].success, "all") for source in ("text", "rollout"))
+        return (Verdict(HEALTHY, f"reader right for {decimal(rollout, 2)} with latents, {decimal(text, 2)} with text"),)
     dearest = max(cost for cost, _ in found.values())
     order = sorted(found, key=lambda cause: (found[cause][0] < dearest / 2, CAUSES.index(cause)))
     return tuple(Verdict(cause, found[cause][1]) for cause in order)
-
-
-def _nothing_found(figures: EdgeFigures) -> Verdict:
-    if figures.hand_off is None:
-        return Verdict(UNTRIED, "as far as can be seen without conversations by the book")
-    text, rollout = (_value(figures.hand_off.received[source].success, "all") for source in ("text", "rollout"))
-    return Verdict(HEALTHY, f"reader right for {decimal(rollout, 2)} with latents, {decimal(text, 2)} with text")
 
 
 Found = dict[str, tuple[float, str]]
 """By cause, what it costs (a share of all questions) and the reason."""
 
 
-def _in_messages(figures: EdgeFigures, losses: Losses | None) -> Found:
+def _in_messages(message: MessageFigures, losses: Losses, untrained: Collection[str]) -> Found:
     """Faults that can be seen without a book. They cost what the link costs; if nothing yet, they are named as well."""
-    found: Found = {}
-    message = figures.message
-    outer, inner = (max(losses.outer, NAMED), max(losses.inner, NAMED)) if losses is not None else (NAMED, NAMED)
-    times = f"{message.loudness:.2g} times as loud as what the reader is used to"
-    if message.loudness > LOUDEST:
-        found[LOUD] = outer, times
-    if message.loudness < QUIETEST:
-        found[QUIET] = outer, times
+    outer, inner = max(losses.outer, NAMED), max(losses.inner, NAMED)
+    found: Found = {verdict.cause: (outer, verdict.reason) for verdict in _wrong_loudness(message)}
     if _is_collapsed(message):
-        cosines = f"{decimal(message.cosine)}, between the texts {decimal(message.words_cosine)}"
+        cosines = f"{decimal(message.messages.cosine)}, between the texts {decimal(message.words.cosine)}"
         found[COLLAPSED] = outer, f"cosine between messages of different questions {cosines}"
-    for cause, cost, link in ((OUTER_START, outer, figures.outer), (INNER_START, inner, figures.inner)):
-        if link.moved is not None and link.moved < UNMOVED:
-            found[cause] = cost, f"its weights are those it was drawn with (changed by {decimal(link.moved)})"
+    for cause, cost, link in ((OUTER_START, outer, "outer"), (INNER_START, inner, "inner")):
+        if link in untrained:
+            found[cause] = cost, "its weights are, or look like, those it was drawn with"
     return found
 
 
 def _is_collapsed(message: MessageFigures) -> bool:
-    if message.cosine is None or message.words_cosine is None:
+    if message.messages.cosine is None or message.words.cosine is None:
         return False
-    return 1 - message.cosine < LEAST_VARIETY * (1 - message.words_cosine)
+    return 1 - message.messages.cosine < LEAST_VARIETY * (1 - message.words.cosine)
 
 
 def _in_hand_off(hand_off: HandOff, losses: Losses) -> Found:

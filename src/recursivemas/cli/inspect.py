@@ -9,6 +9,7 @@ import typer
 from recursivemas.cli.terminal import (
     AsJson,
     Device,
+    Dtype,
     Seed,
     SystemArgument,
     err,
@@ -44,19 +45,24 @@ def links(
     output: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write links.json and links.svg.")] = None,
     seed: Seed = 0,
     device: Device = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find out, for every edge and round, where a hand-off loses what it should carry.
+    """Find out whether the links of a system are healthy, and what to do about those that are not.
 
-    Each hand-off is tried on its own, by the book: the sender reads the right note, and the reader's slot holds in turn
-    the right text, that text through the outer link, the sender's latents while it is made to write the text, its
-    latents as in a run, and nothing. A system of no known world is looked at on a calibration text, link by link.
+    Every link is looked at by itself: was it ever trained, did its gains move, how loud is it for its reader, in all
+    and in each dimension, and do its outputs differ? Where the system's world is known, every hand-off is also tried on
+    its own, by the book: the sender reads the right note, and the reader's slot holds in turn the right text, that text
+    through the outer link, the sender's latents while it is made to write the text, its latents as in a run, and
+    nothing.
 
     [bold]Example:[/bold] recursivemas inspect links ward --rounds 1,2 --out runs/links
     """
-    from recursivemas.audit import link_views
-    from recursivemas.audit.links import diagnose_links
+    from recursivemas.audit import hand_off_views, health_views
+    from recursivemas.audit.hand_offs import diagnose_edges
+    from recursivemas.audit.health import examine_links
     from recursivemas.audit.records import to_plain
+    from recursivemas.audit.style import say_advice
     from recursivemas.checkpoint import library_version
     from recursivemas.system import RecursiveSystem
 
@@ -65,7 +71,7 @@ def links(
     if samples < 2:
         raise ConfigError(f"--samples must be 2 or more, got {samples}: messages of different questions are compared")
     chosen = numbers(rounds, "--rounds") if rounds else None
-    loaded = RecursiveSystem.from_pretrained(system, device=device)
+    loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype)
     place = _world_of(loaded, world, world_seed)
     variant = variant or loaded.settings.variant
     conversations: list[Any] = []
@@ -74,15 +80,23 @@ def links(
         kind = {} if variant is None else {"variant": variant}
         conversations = place.conversations(split, samples, seed, **kind)
     with progress_bar() as bar:
-        task = bar.add_task("conversations", total=len(conversations), note="")
-        diagnoses = diagnose_links(
-            loaded,
-            conversations,
-            rounds=chosen,
-            progress=lambda done, total: bar.update(task, completed=done),
+        looked_at = bar.add_task("links", total=None, note="")
+        health = examine_links(
+            loaded, seed=seed, progress=lambda done, total: bar.update(looked_at, completed=done, total=total)
         )
+        edges: list[Any] = []
+        if conversations:
+            tried = bar.add_task("conversations", total=len(conversations), note="")
+            edges = diagnose_edges(
+                loaded,
+                conversations,
+                health,
+                rounds=chosen,
+                progress=lambda done, total: bar.update(tried, completed=done),
+            )
     settings = loaded.settings
-    report = {
+    advice = list(say_advice([*health, *edges]))
+    report: dict[str, Any] = {
         **provenance(),
         "library_version": library_version(),
         "system": settings.name,
@@ -93,18 +107,23 @@ def links(
         "seed": seed,
         "variant": conversations[0][0].variant if conversations else variant,
         "n": len(conversations),
-        "edges": [to_plain(each) for each in diagnoses],
+        "links": [to_plain(each) for each in health],
+        "edges": [to_plain(each) for each in edges],
+        "advice": advice,
     }
     if output is not None:
-        _write(output, report, link_views.draw(diagnoses))
+        figures = {"health.svg": health_views.draw(health)}
+        _write(output, report, {**figures, "links.svg": hand_off_views.draw(edges)} if edges else figures)
     if as_json:
         print_json(report)
         return
-    for table in link_views.tables(diagnoses):
+    for table in [*health_views.tables(health), *(hand_off_views.tables(edges) if edges else [])]:
         out.print(table)
         out.print()
-    for line in link_views.say_verdicts(diagnoses):
+    for line in [*health_views.say_verdicts(health), *hand_off_views.say_verdicts(edges)]:
         out.print(line, highlight=False, markup=False)
+    for line in advice:
+        out.print(f"→ {line}", highlight=False, markup=False)
     if place is None:
         err.print(
             "[dim]the system does not say for which world it was made, so no hand-off was tried; --world NAME says it"
@@ -125,12 +144,11 @@ def _world_of(system: Any, name: str | None, seed: int | None) -> Any:
     return load_world(name, known if seed is None else seed)
 
 
-def _write(directory: Path, report: dict[str, Any], figure: str | None) -> None:
+def _write(directory: Path, report: dict[str, Any], figures: dict[str, str]) -> None:
     from recursivemas.training.loop import write_atomically
 
     directory.mkdir(parents=True, exist_ok=True)
-    content = {"links.json": json.dumps(report, indent=2, ensure_ascii=False) + "\n", "links.svg": figure}
-    written = [name for name, text in content.items() if text is not None]
-    for name in written:
-        write_atomically(directory / name, str(content[name]).encode())
-    err.print(f"[dim]written to {directory}: {', '.join(written)}[/dim]", highlight=False)
+    content = {"links.json": json.dumps(report, indent=2, ensure_ascii=False) + "\n", **figures}
+    for name, text in content.items():
+        write_atomically(directory / name, text.encode())
+    err.print(f"[dim]written to {directory}: {', '.join(content)}[/dim]", highlight=False)

@@ -88,7 +88,7 @@ def run(
     options: dict[str, Any] = {
         "num_rounds": rounds,
         "num_latent_steps": latent_steps,
-        "channel": _channels(channel, loaded.pattern.edges, loaded.settings.channel),
+        "channel": _channels(channel, loaded.settings.channel),
         "variant": variant,
         "sampling": sampling,
     }
@@ -136,13 +136,15 @@ def _read_questions(questions: list[str] | None) -> list[str]:
     return questions
 
 
-def _channels(given: list[str] | None, edges: tuple[str, ...], default: str) -> str | dict[str, str] | None:
+def _channels(given: list[str] | None, default: str | dict[str, str]) -> str | dict[str, str] | None:
     if not given:
         return None
     names = [each for each in given if "=" not in each]
     if len(names) > 1:
         raise InputError(f"--channel names two channels for all edges: {', '.join(names)}")
-    chosen = dict.fromkeys(edges, names[0] if names else default)
+    chosen = {"*": default} if isinstance(default, str) else {**default}
+    if names:
+        chosen = {"*": names[0]}
     for each in given:
         if "=" in each:
             edge, _, name = each.rpartition("=")

@@ -1,8 +1,8 @@
 """`recursivemas train`: train the links of a system by a recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
@@ -19,16 +19,26 @@ from recursivemas.cli.terminal import (
     reported,
 )
 
+if TYPE_CHECKING:
+    from recursivemas.training.recipe import Recipe
+
 
 @reported
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The recipe.")],
     *,
-    stage: Annotated[str, typer.Option(help="all, or any of inner,alignment,outer separated by commas.")] = "all",
+    stage: Annotated[
+        str | None,
+        typer.Option(help="all, or any of inner,alignment,outer separated by commas. Default: the recipe's."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting (may be repeated).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same as --set seed=N.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what it would take: sizes, parameters, memory. Loads no weights."),
+    ] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,23 +48,25 @@ def train(
     system like any other: `recursivemas eval OUTPUT/system --task ward`.
 
     [bold]Example:[/bold] recursivemas train recipes/ward.yaml --set output=runs/mine --set outer.lr=5e-4
+
+    [bold]Example:[/bold] recursivemas train recipes/paper/sequential_light.yaml --dry-run
     """
     from recursivemas.config import override, parse, read_yaml
     from recursivemas.errors import NumericsError
-    from recursivemas.system import RecursiveSystem
     from recursivemas.training.loop import RunDirectory
-    from recursivemas.training.recipe import Recipe, check_recipe, parse_stages, starting_system
+    from recursivemas.training.recipe import Recipe, base_system, check_recipe, parse_stages, starting_system
     from recursivemas.training.recipe import train as train_links
-    from recursivemas.worlds import load_world
-    from recursivemas.worlds.material import material_of
+    from recursivemas.worlds.material import check_material, material_of
 
     changes = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
     settings = parse(Recipe, override(read_yaml(recipe), changes), where=str(recipe))
-    stages = parse_stages(stage)
-    world = load_world(settings.world.name, settings.world.seed)
-    # Links are trained in float32, through agents in float32: half precision would be rounded away.
-    base = RecursiveSystem.from_pretrained(settings.system, device=device, dtype="float32")
-    material = material_of(world, settings, base.pattern)
+    stages = parse_stages(",".join(settings.stages) if stage is None else stage)
+    if dry_run:
+        _tell_estimate(settings, stages, as_json=as_json)
+        return
+    check_material(settings)
+    base = base_system(settings, device=device)
+    material = material_of(settings, base.pattern)
     system = starting_system(base, settings)
     check_recipe(system, settings, material, stages)
     run = RunDirectory(Path(settings.output), settings.model_dump(mode="json"), tensorboard=True)
@@ -68,7 +80,7 @@ def train(
         system.training = {
             **provenance(),
             "seed": settings.seed,
-            "world": settings.world.model_dump(),
+            "world": None if settings.world is None else settings.world.model_dump(),
             "recipe": settings.model_dump(mode="json", exclude={"system", "output"}),
             "stages": reports,
             # Where its links were drawn anew, only the agents come from the base.
@@ -93,7 +105,27 @@ def train(
     if "outer" in reports:
         _tell_outer(reports["outer"])
     out.print(f"system written to {place}")
-    err.print(f"[dim]next: recursivemas eval {place} --task {settings.world.name}[/dim]", highlight=False)
+    task = f"--data {settings.questions.validation}" if settings.questions is not None else ""
+    if settings.world is not None:
+        task = f"--task {settings.world.name}"
+    err.print(f"[dim]next: recursivemas eval {place} {task}[/dim]", highlight=False)
+
+
+def _tell_estimate(recipe: "Recipe", stages: Sequence[str], *, as_json: bool) -> None:
+    """What the recipe takes, as tables or as JSON."""
+    from recursivemas.cli.estimate_views import say, tables
+    from recursivemas.training.estimate import estimate
+
+    found = estimate(recipe, stages=stages)
+    if as_json:
+        data = None if recipe.data is None else recipe.data.model_dump()
+        print_json({"stages": list(stages), "data": data, **found.to_plain()})
+        return
+    for table in tables(found):
+        out.print(table)
+        out.print()
+    for line in say(found, recipe):
+        out.print(line, highlight=False, markup=False)
 
 
 def _shown_in(bar: Progress) -> Callable[[str, int, int, dict[str, float]], None]:

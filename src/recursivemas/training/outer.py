@@ -52,6 +52,9 @@ class OuterSettings(LoopSettings):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Questions that are unrolled at the same time: memory grows with them, and the loss is the same. By default all
     questions of the step."""
+    recompute: bool = False
+    """Compute each turn again in the backward pass: same gradients, a third more time, memory that hardly grows with
+    the rounds."""
     num_samples: int = Field(default=16384, ge=1)
     """Questions of the training split that steps draw from."""
     trained: Literal["outer", "inner+outer"] = "inner+outer"
@@ -204,12 +207,14 @@ class OuterLoop:
             answer_rounds=tuple(rounds),
             latent_source=self.settings.latent_source,
             keys=[question.id for question in batch],
+            judge=lambda played: self._answer_loss(played, batch),
+            recompute=self.settings.recompute,
         )
         with backflow.recording():
             for played in turns:
                 backflow.watch(played)
-                if played.turn.speaks:
-                    losses[played.turn.round] = self._answer_loss(played, batch)
+                if played.loss is not None:
+                    losses[played.turn.round] = played.loss
         return losses
 
     def observe(self, step: int) -> dict[str, float]:

@@ -4,7 +4,8 @@
     alignment    each edge's outer link, on text that its sender writes and its reader reads
     outer        all links together, from the loss of the answer through the whole recursion (eq. 6)
 
-What is trained on comes as functions (`Material`), since a recipe does not know the worlds it comes from.
+A recipe trains the agents of a system that there is, or new ones that it names, with a pattern and prompts. What is
+trained on comes as functions (`Material`), since a recipe does not know the worlds and files it comes from.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
+from recursivemas.checkpoint import SystemSettings
 from recursivemas.config import Config
-from recursivemas.errors import ConfigError, InputError, unknown_name
+from recursivemas.errors import ConfigError, InputError, PatternError, unknown_name
 from recursivemas.links import DEFAULT_DESIGN
 from recursivemas.patterns import Edge, Pattern
+from recursivemas.prompts import PromptSet
 from recursivemas.system import RecursiveSystem
 from recursivemas.training.alignment import AlignmentPairs, AlignmentSettings, alignment_pairs, train_alignment
 from recursivemas.training.data import EncodedTurn, Question, RoleSample, check_disjoint, encode_turns
@@ -27,7 +30,7 @@ from recursivemas.training.inner import InnerSettings, train_inner
 from recursivemas.training.loop import Progress, RunDirectory
 from recursivemas.training.outer import OuterSettings, check_outer, train_outer
 
-STAGES = ("inner", "alignment", "outer")
+STAGES: tuple[Literal["inner"], Literal["alignment"], Literal["outer"]] = ("inner", "alignment", "outer")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,11 @@ class LinkSettings(Config):
 
 
 class QuestionFiles(Config):
-    """JSON Lines files of the user's own with the columns `question` and `answer`; of no other use is `test`."""
+    """JSON Lines files of the user's own with the columns `question` and `answer`; of no other use is `test`.
+
+    Without a world, `train` also has a column for each role, by its name, with what the role should write: the stages
+    before the outer loop are trained on it. For the answering role that is `answer`, unless it has a column.
+    """
 
     train: Path
     validation: Path
@@ -69,14 +76,43 @@ class QuestionFiles(Config):
     """Given only to make sure that none of its questions is in the other two."""
 
 
+class DataSets(Config):
+    """Data sets of the Hugging Face hub, by stage."""
+
+    inner: str | dict[str, str]
+    """One for all roles, or one for each."""
+    outer: str
+
+
+class Lengths(Config):
+    """Tokens that texts are taken to have where there is nothing to count yet (`recursivemas train --dry-run`)."""
+
+    question: int = Field(default=128, ge=1)
+    reply: int = Field(default=512, ge=1)
+
+
 class Recipe(Config):
     """The content of a recipe file (YAML)."""
 
-    system: str
+    system: str | None = None
     """Whose agents, pattern and prompts are taken: a bundled system, or a directory."""
-    world: WorldSettings
+    agents: dict[str, str] = Field(default_factory=dict)
+    """Or else the models of a new system, by role: Hugging Face names, or directories."""
+    pattern: str = "sequential"
+    """Of a new system: a bundled pattern, or a YAML file."""
+    prompts: str | None = None
+    """Of a new system: a bundled prompt set, or a YAML file; by default the bundled one of the pattern's name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the agents. Links and their optimizer are in float32 in any case."""
+    world: WorldSettings | None = None
+    """Where the text comes from, for agents that live in a world."""
     questions: QuestionFiles | None = None
-    """The outer loop's questions from files; by default they come from the world."""
+    """The outer loop's questions from files; by default they come from the world. Without a world, all text."""
+    data: DataSets | None = None
+    """Or else data sets. So far they can only be planned with (`--dry-run`), not read."""
+    lengths: Lengths = Lengths()
+    stages: tuple[Literal["inner", "alignment", "outer"], ...] = Field(default=STAGES, min_length=1)
+    """What is trained unless the command says otherwise."""
     output: str
     """Directory of the run: metrics, state, and in the end the system."""
     seed: int = 0
@@ -95,6 +131,33 @@ class Recipe(Config):
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of weights on disk."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if (self.system is None) == (not self.agents):
+            raise ConfigError("a recipe names the system whose agents it trains (system), or new agents (agents): one")
+        if self.system is None and self.links.start == "given":
+            raise ConfigError("new agents have no links to start from; leave out links.start, or name a system")
+        if self.world is None and self.questions is None and self.data is None:
+            raise ConfigError("a recipe says where its text comes from: world, questions (files), or data (data sets)")
+        return self
+
+    @property
+    def new_pattern(self) -> Pattern:
+        """The pattern of a new system. Raises `PatternError` if its roles are not those of the agents."""
+        pattern = Pattern.load(self.pattern)
+        for role in self.agents:
+            if role not in pattern.roles:
+                raise PatternError(f"pattern '{pattern.name}': " + unknown_name("role", role, pattern.roles))
+        for role in pattern.roles:
+            if role not in self.agents:
+                raise PatternError(f"the pattern '{pattern.name}' needs an agent for the role '{role}'")
+        return pattern
+
+    @property
+    def new_prompts(self) -> PromptSet:
+        """The prompts of a new system."""
+        return PromptSet.load(self.prompts or self.new_pattern.name)
+
 
 def parse_stages(text: str) -> tuple[str, ...]:
     """Stages from `all`, or names separated by commas; in the order in which they are trained."""
@@ -107,11 +170,30 @@ def parse_stages(text: str) -> tuple[str, ...]:
     return STAGES if "all" in names else tuple(stage for stage in STAGES if stage in names)
 
 
-def starting_system(system: RecursiveSystem, recipe: Recipe) -> RecursiveSystem:
-    """The same agents, pattern and prompts with the recipe's settings and links: drawn from its seed, or as given."""
+def settings_of(recipe: Recipe, base: SystemSettings | None = None) -> SystemSettings:
+    """How the trained system runs: as the recipe says, else as the system it starts from, else by default."""
     names = ("num_rounds", "num_latent_steps", "max_new_tokens", "message", "variant")
     changed = {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
-    settings = system.settings.model_copy(update=changed)
+    return (base or SystemSettings(name=recipe.new_pattern.name)).model_copy(update=changed)
+
+
+def base_system(recipe: Recipe, *, device: str | None = None) -> RecursiveSystem:
+    """The system whose agents a recipe trains: the one it names, or a new one of the agents it names."""
+    if recipe.system is not None:
+        return RecursiveSystem.from_pretrained(recipe.system, device=device, dtype=recipe.dtype)
+    return RecursiveSystem.build(
+        agents=recipe.agents,
+        pattern=recipe.new_pattern,
+        prompts=recipe.new_prompts,
+        device=device,
+        dtype=recipe.dtype,
+        **settings_of(recipe).model_dump(),
+    )
+
+
+def starting_system(system: RecursiveSystem, recipe: Recipe) -> RecursiveSystem:
+    """The same agents, pattern and prompts with the recipe's settings and links: drawn from its seed, or as given."""
+    settings = settings_of(recipe, system.settings)
     if recipe.links.start == "given":
         return RecursiveSystem(
             system.agents, system.links, system.pattern, system.prompts, settings, training=system.training
@@ -146,17 +228,19 @@ def train(
     _check_order(system, stages, run)
     fingerprints = {role: agent.model.fingerprint() for role, agent in system.agents.items()}
     reports: dict[str, Any] = {}
-    turns = _turns(system, recipe, material)
-    if "inner" in stages or _is_begun(run, "inner"):
+    warms_up = "inner" in stages or _is_begun(run, "inner")
+    aligns = "alignment" in stages or _is_begun(run, "alignment")
+    learns = "outer" in stages or _is_begun(run, "outer")
+    is_anchored = learns and recipe.outer.anchor > 0
+    turns = _turns(system, recipe, material) if warms_up or aligns or is_anchored else {}
+    if warms_up:
         for role, agent in system.agents.items():
             chosen = turns[role][: recipe.inner.num_samples]
             reports[f"inner {role}"] = train_inner(
                 agent, chosen, recipe.inner, seed=recipe.seed, run=run, progress=progress
             )
-    aligns = "alignment" in stages or _is_begun(run, "alignment")
-    learns = "outer" in stages or _is_begun(run, "outer")
     pairs: dict[str, AlignmentPairs] = {}
-    for name in system.links if aligns or (learns and recipe.outer.anchor) else ():
+    for name in system.links if aligns or is_anchored else ():
         edge = Edge.parse(name)
         pairs[name] = alignment_pairs(
             system.agents[edge.source].model,

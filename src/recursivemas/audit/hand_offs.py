@@ -1,10 +1,10 @@
-"""Looking at links: on every edge and in every round, what a reader makes of what it is sent, and where it is lost.
+"""Trying hand-offs: on every edge and in every round, what a reader makes of what it is sent, and where it is lost.
 
 Conversations by the book (`World.conversations`) say what each role reads and should write. So every hand-off can be
 tried on its own, with everything before it as it should be: the sender reads the note by the book; the reader's slot
 holds the text by the book, or that text through the outer link, or the sender's latents while it is made to write that
-text, or its latents as in a run, or nothing; and the reader's own text is compared with the book. Where no book is
-known, messages are made of a calibration text, and only what can be seen of a link itself is told.
+text, or its latents as in a run, or nothing; and the reader's own text is compared with the book. What can be seen of
+a link without a book is seen in health.py.
 
 Knows systems and conversations; knows nothing of where these come from or of how findings are shown.
 """
@@ -12,11 +12,11 @@ Knows systems and conversations; knows nothing of where these come from or of ho
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from recursivemas.agents import Agent, Message, PrefixStore, Reading
+from recursivemas.agents import Message, PrefixStore, Reading
 from recursivemas.audit.records import (
     SOURCES,
     SURE,
@@ -24,37 +24,35 @@ from recursivemas.audit.records import (
     EdgeDiagnosis,
     EdgeFigures,
     HandOff,
-    LinkFigures,
+    LinkDiagnosis,
     MessageFigures,
     Reception,
     Split,
 )
-from recursivemas.audit.verdicts import judge, lay_losses
-from recursivemas.config import parse
+from recursivemas.audit.variety import Vectors, variety_of
+from recursivemas.audit.verdicts import UNTRAINED, judge, lay_losses
 from recursivemas.decoding import SamplingParams
 from recursivemas.errors import ConfigError, InputError, unknown_name
 from recursivemas.evaluation.metrics import Mean, mean
-from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
 from recursivemas.patterns import Edge
 from recursivemas.prompts import Segments
 from recursivemas.rollout import latent_rollout
-from recursivemas.system import CALIBRATION_TEXT, RecursiveSystem
+from recursivemas.system import RecursiveSystem
 from recursivemas.training.data import RoleSample
-from recursivemas.training.recipe import Recipe, starting_system
 
 Conversation = Sequence[RoleSample]
 Place = tuple[str, int]
 """A turn of a conversation: role and round."""
 Rows = dict[str, Tensor]
 """What was measured on one edge in one round, by name; one row a question."""
-Vectors = Float[Tensor, "question latent_step hidden_size"]
 
 
 @torch.no_grad()
-def diagnose_links(
+def diagnose_edges(
     system: RecursiveSystem,
-    conversations: Sequence[Conversation] = (),
+    conversations: Sequence[Conversation],
+    links: Sequence[LinkDiagnosis] = (),
     *,
     rounds: Collection[int] | None = None,
     batch_size: int = 200,
@@ -62,19 +60,17 @@ def diagnose_links(
 ) -> list[EdgeDiagnosis]:
     """Find out, for every edge and round, what is lost and why; in the order in which messages are sent.
 
-    `conversations` are whole loops by the book, all with the same turns; without them, each edge is looked at once, on
-    a calibration text. `rounds` are the rounds in which messages are sent; by default, all that the conversations have.
-    Raises `ConfigError` or `InputError` if the conversations are not ones that this system can have.
+    `conversations` are whole loops by the book, all with the same turns. `links` is what is known of the links by
+    themselves. `rounds` are the rounds in which messages are sent; by default, all that the conversations have. Raises
+    `ConfigError` or `InputError` if the conversations are not ones that this system can have.
     """
-    starts = starting_links(system)
-    if conversations:
-        measured = _measure(system, conversations, rounds, batch_size, progress, starts)
-    else:
-        measured = [_without_conversations(system, edge, starts) for edge in system.pattern.graph]
+    untrained = {each.figures.link for each in links if any(found.cause == UNTRAINED for found in each.verdicts)}
     diagnoses = []
-    for figures in measured:
-        losses = lay_losses(figures.hand_off) if figures.hand_off is not None else None
-        diagnoses.append(EdgeDiagnosis(figures, losses, judge(figures, losses)))
+    for figures in _measure(system, conversations, rounds, batch_size, progress):
+        losses = lay_losses(figures.hand_off)
+        names = {"outer": figures.edge, "inner": Edge.parse(figures.edge).source}
+        kinds = [kind for kind, name in names.items() if name in untrained]
+        diagnoses.append(EdgeDiagnosis(figures, losses, judge(figures, losses, kinds)))
     return diagnoses
 
 
@@ -147,6 +143,8 @@ class _Batch:
 
 def _check(system: RecursiveSystem, conversations: Sequence[Conversation]) -> None:
     """Raise `ConfigError` or `InputError` unless this system can have these conversations."""
+    if not conversations:
+        raise InputError("there are no conversations to try hand-offs on")
     if system.settings.num_latent_steps == 0:
         raise ConfigError("this system thinks no latent steps (num_latent_steps is 0), so nothing travels on its links")
     first = [(turn.role, turn.round) for turn in conversations[0]]
@@ -176,7 +174,6 @@ def _measure(
     rounds: Collection[int] | None,
     batch_size: int,
     progress: Callable[[int, int], None] | None,
-    starts: Mapping[str, RecursiveLink] | None,
 ) -> list[EdgeFigures]:
     _check(system, conversations)
     every = _hand_offs(system, conversations[0])
@@ -195,9 +192,7 @@ def _measure(
         if progress is not None:
             progress(min(start + batch_size, len(conversations)), len(conversations))
     return [
-        _figures(
-            system, edge, round, {name: torch.cat([part[name] for part in several]) for name in several[0]}, starts
-        )
+        _figures(system, edge, round, {name: torch.cat([part[name] for part in several]) for name in several[0]})
         for (edge, round), several in parts.items()
     ]
 
@@ -258,10 +253,10 @@ def _think(batch: _Batch, sender: Place) -> Rows:
     }
 
 
-def _message(system: RecursiveSystem, edge: Edge, states: Tensor) -> tuple[Tensor, Tensor]:
-    """What the outer link is given, and what it makes of it: R_out(R_in(H)), or R_out(H) if the system says so."""
+def _message(system: RecursiveSystem, edge: Edge, states: Vectors) -> Float[Tensor, "question latent_step target"]:
+    """What the links make of a sender's states: R_out(R_in(H)), or R_out(H) if the system says so."""
     given = system.agents[edge.source].inner_link(states) if system.settings.message == "inner+outer" else states
-    return given, system.links[str(edge)](given)
+    return system.links[str(edge)](given)
 
 
 def _rows(batch: _Batch, edge: Edge, sender: Place, reader: Place, thoughts: Rows) -> Rows:
@@ -272,12 +267,12 @@ def _rows(batch: _Batch, edge: Edge, sender: Place, reader: Place, thoughts: Row
         for turn, next_turn in zip(batch.turns[sender], batch.turns[reader], strict=True)
     ):
         raise InputError(f"not by the book: what the {edge.target} reads is not what the {edge.source} writes")
-    agent = system.agents[edge.source]
-    given, rollout = _message(system, edge, thoughts["rollout"])
-    _, teacher = _message(system, edge, thoughts["teacher"])
+    rollout = _message(system, edge, thoughts["rollout"])
     slots: dict[str, Message | None] = {
-        "teacher": Message(latents=teacher), "rollout": Message(latents=rollout), "none": None
-    }  # fmt: skip
+        "teacher": Message(latents=_message(system, edge, thoughts["teacher"])),
+        "rollout": Message(latents=rollout),
+        "none": None,
+    }
     if system.settings.message == "inner+outer":
         # Made for states, an outer link can make nothing of words unless it follows an inner link, which makes words.
         slots["words"] = Message(latents=system.links[str(edge)](thoughts["words"]))
@@ -294,8 +289,6 @@ def _rows(batch: _Batch, edge: Edge, sender: Place, reader: Place, thoughts: Row
         "distance": thoughts["distance"],
         "messages": rollout.float().cpu(),
         "words": _words(system.agents[edge.target].model, batch.texts(sender), rollout.shape[1]),
-        "inner_share": learned_share(agent.inner_link, thoughts["rollout"]).mean(dim=-1),
-        "outer_share": learned_share(system.links[str(edge)], given).mean(dim=-1),
     }
 
 
@@ -310,9 +303,7 @@ def _words(reader: LanguageModel, texts: Sequence[str], size: int) -> Vectors:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _figures(
-    system: RecursiveSystem, edge: Edge, round: int, rows: Rows, starts: Mapping[str, RecursiveLink] | None
-) -> EdgeFigures:
+def _figures(system: RecursiveSystem, edge: Edge, round: int, rows: Rows) -> EdgeFigures:
     hand_off = HandOff(
         sender=mean(rows["right"].double().numpy()),
         tokens=mean(rows["tokens"].double().numpy()),
@@ -328,15 +319,12 @@ def _figures(
             mean_distance=_split(rows, "distance"),
         ),
     )
-    inner, outer = rows["inner_share"].mean().item(), rows["outer_share"].mean().item()
     return EdgeFigures(
         edge=str(edge),
         round=round,
         n=hand_off.sender.n,
         hand_off=hand_off,
         message=_message_figures(system, edge, rows["messages"], rows["words"]),
-        outer=_link_figures(str(edge), system.links[str(edge)], outer, starts),
-        inner=_link_figures(edge.source, system.agents[edge.source].inner_link, inner, starts),
     )
 
 
@@ -368,116 +356,6 @@ def _message_figures(
     return MessageFigures(
         loudness=norms.mean().item(),
         loudness_spread=norms.std(unbiased=False).item(),
-        cosine=mean_cosine(messages),
-        words_cosine=mean_cosine(words),
-        rank=effective_rank(messages),
-        words_rank=effective_rank(words),
-    )
-
-
-def _by_step(vectors: Vectors) -> list[Float[Tensor, "_ hidden_size"]]:
-    """The vectors of each latent step, where more than one question has one; those without a direction are left out."""
-    steps = [step[step.norm(dim=-1) > 0].double() for step in vectors.unbind(1)]  # neither zero nor nan
-    return [step for step in steps if len(step) > 1]
-
-
-def mean_cosine(vectors: Vectors) -> float | None:
-    """Mean cosine between vectors of different questions at the same latent step; None if no two can be compared."""
-    total, pairs = 0.0, 0
-    for step in _by_step(vectors):
-        unit = functional.normalize(step, dim=-1)
-        total += (unit.sum(dim=0).square().sum() - unit.square().sum()).item()
-        pairs += len(step) * (len(step) - 1)
-    return total / pairs if pairs else None
-
-
-def effective_rank(vectors: Vectors) -> float | None:
-    """(sum of eigenvalues)^2 / sum of their squares, of the covariance about the mean of each latent step.
-
-    None if vectors of one step are all the same.
-    """
-    steps = _by_step(vectors)
-    if not steps:
-        return None
-    centred = torch.cat([step - step.mean(dim=0) for step in steps])
-    # The sums are traces, of X X^T and of its square, so that no eigenvalue need be known.
-    gram = centred.T @ centred if centred.shape[0] > centred.shape[1] else centred @ centred.T
-    total = gram.trace()
-    # Of equal vectors rounding leaves something, too.
-    if not total > 1e-10 * sum(step.square().sum() for step in steps):
-        return None
-    return (total.square() / gram.square().sum()).item()
-
-
-# --- links by themselves ----------------------------------------------------------------------------------------------
-
-
-def starting_links(system: RecursiveSystem) -> dict[str, RecursiveLink] | None:
-    """The links as they were before training, drawn again: inner ones by role, outer ones by edge.
-
-    None if it is not known: the system has no record of its training, or it was trained on from links that were given.
-    """
-    record = system.training.get("recipe")
-    if not isinstance(record, dict):
-        return None
-    try:
-        recipe = parse(Recipe, {**record, "system": "", "output": ""}, where="the record of the training")
-        return starting_system(system, recipe).all_links if recipe.links.start == "new" else None
-    except ConfigError:
-        return None  # written by another version
-
-
-def _link_figures(
-    name: str, link: RecursiveLink, share: float, starts: Mapping[str, RecursiveLink] | None
-) -> LinkFigures:
-    if starts is None or name not in starts:
-        return LinkFigures(None, None, share)
-    start = {tensor: weight.detach().cpu() for tensor, weight in starts[name].named_parameters()}
-    now = {tensor: weight.detach().cpu() for tensor, weight in link.named_parameters()}
-    if {tensor: weight.shape for tensor, weight in start.items()} != {t: weight.shape for t, weight in now.items()}:
-        return LinkFigures(None, None, share)
-    by_tensor = {tensor: _relative(now[tensor], start[tensor]) for tensor in now}
-    total = _relative(*(torch.cat([weights[t].flatten() for t in now]) for weights in (now, start)))
-    return LinkFigures(total, by_tensor, share)
-
-
-def _relative(now: Tensor, start: Tensor) -> float | None:
-    change, size = (now - start).norm().item(), start.norm().item()
-    return change / size if size else None if change else 0.0
-
-
-def learned_share(link: RecursiveLink, states: Float[Tensor, "*batch source_size"]) -> Float[Tensor, "*batch"]:
-    """Norm of the part of a link that is not its residual, over the norm of their sum, for each state.
-
-    1 for a design without a residual. A LayerNorm or a scale after the sum does not count.
-    """
-    source = states.float()
-    if not link.design.residual:
-        return torch.ones(source.shape[:-1])
-    learned = link.w1(source if link.source_norm is None else link.source_norm(source))
-    if link.w2 is not None:
-        learned = link.w2(functional.gelu(learned))
-    whole = learned + (source if link.w3 is None else link.w3(source))
-    return (learned.norm(dim=-1) / whole.norm(dim=-1)).cpu()
-
-
-def _without_conversations(
-    system: RecursiveSystem, edge: Edge, starts: Mapping[str, RecursiveLink] | None
-) -> EdgeFigures:
-    """What can be seen of an edge on a calibration text: each of its tokens stands for a question."""
-    agent: Agent = system.agents[edge.source]
-    reader = system.agents[edge.target].model
-    ids: Int[Tensor, "1 token"] = torch.tensor([agent.model.encode(CALIBRATION_TEXT)], device=agent.model.device)
-    states = agent.model.states(ids)[0]
-    given, message = _message(system, edge, states)
-    words = reader.embed(torch.tensor(reader.encode(CALIBRATION_TEXT))).float().cpu()
-    inner, outer = learned_share(agent.inner_link, states), learned_share(system.links[str(edge)], given)
-    return EdgeFigures(
-        edge=str(edge),
-        round=None,
-        n=0,
-        hand_off=None,
-        message=_message_figures(system, edge, message.float().cpu().unsqueeze(1), words.unsqueeze(1)),
-        outer=_link_figures(str(edge), system.links[str(edge)], outer.mean().item(), starts),
-        inner=_link_figures(edge.source, agent.inner_link, inner.mean().item(), starts),
+        messages=variety_of(messages),
+        words=variety_of(words),
     )
