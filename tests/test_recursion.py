@@ -1,11 +1,13 @@
 """The one loop: roles that stand side by side and share a model are one batch, and nobody can tell from what comes out."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.conftest import make_model
+from tests.families.table import load_family
 from torch import Tensor
 
 from recursivemas import recursion
@@ -95,6 +97,20 @@ def test_side_by_side_is_one_after_the_other(
     for asked in (questions, questions[:1]):
         for found, expected in zip(together.run(asked, **options), apart.run(asked, **options), strict=True):
             assert_same(found, expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma3_text", "mistral-window"])
+def test_side_by_side_in_caches_of_every_kind(
+    family: str, copies: list[LanguageModel], questions: list[str], tmp_path: Path
+) -> None:
+    """A recurrent state, scaled embeddings, a sliding window: the caches of three roles become one, and stay exact."""
+    models = [load_family(family, tmp_path / str(number)) for number in range(3)]
+    results = [
+        mixture(specialists, copies[3]).run(questions[:4], channel="both", trace="full")
+        for specialists in ([models[0]] * 3, models)
+    ]
+    for found, expected in zip(*results, strict=True):
+        assert_same(found, expected)
 
 
 def test_sampled_text_does_not_depend_on_who_stands_beside(

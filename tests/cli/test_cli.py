@@ -460,10 +460,9 @@ def own(tmp_path: Path, tiny_models: dict) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_new_agents_are_trained_on_files(invoke: Invoke, own: Path, dtype: str) -> None:
-    trained = invoke("train", "own.yaml", "--set", f"dtype={dtype}")
+    trained = invoke("train", "own.yaml", "--set", f"dtype={dtype}", "--json")
     assert trained.exit_code == 0, trained.output
-    assert "eval runs/own/system --data validation.jsonl" in trained.stderr
-    report = json.loads(invoke("train", "own.yaml", "--set", f"dtype={dtype}", "--json").stdout)
+    report = json.loads(trained.stdout)
     system = RecursiveSystem.from_pretrained(report["system"])
     assert system.pattern.name == "sequential"
     assert set(report["stages"]) == {
@@ -475,13 +474,17 @@ def test_new_agents_are_trained_on_files(invoke: Invoke, own: Path, dtype: str) 
     assert {link.w1.weight.dtype for link in system.all_links.values()} == {torch.float32}
     health = json.loads(invoke("inspect", "links", report["system"], "--json").stdout)["links"]
     assert all(each["figures"]["moved"] > 0 for each in health)
+    # Agents of no world cannot have its conversations.
+    assert_refused(invoke("inspect", "links", report["system"], "--world", "ward", "--samples", "2"), "variant")
 
 
 def test_a_role_without_text_is_named(invoke: Invoke, own: Path) -> None:
     write_jsonl(own / "train.jsonl", [{"question": "Why?", "answer": "So.", "planner": "Ask."}] * 2)
     assert_refused(invoke("train", "own.yaml"), "train.jsonl", "column 'critic'", "--stage outer")
     alone = ("--stage", "outer", "--set", "outer.anchor=0", "--set", "output=runs/outer")
-    assert invoke("train", "own.yaml", *alone).exit_code == 0
+    trained = invoke("train", "own.yaml", *alone)
+    assert trained.exit_code == 0, trained.output
+    assert "eval runs/outer/system --data validation.jsonl" in trained.stderr
     write_jsonl(own / "train.jsonl", [{"question": "Why?", "answer": "So.", "planner": 3, "critic": "x"}])
     assert_refused(
         invoke("train", "own.yaml", "--set", "output=runs/other"), "sample 1", "column 'planner'", "not text"

@@ -245,6 +245,11 @@ def test_everything_is_plain_data(directories: dict[str, str]) -> None:
     )
 
 
+def test_data_sets_of_unknown_roles_are_refused() -> None:
+    with pytest.raises(PatternError, match="unknown role 'mth': did you mean 'math'"):
+        estimate(read(PAPER / "mixture.yaml", "data.inner.mth=RecursiveMAS/Mixture-Math"))
+
+
 @pytest.mark.parametrize(
     ("plain", "error", "words"),
     [

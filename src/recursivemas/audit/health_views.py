@@ -108,7 +108,7 @@ def draw(diagnoses: Sequence[LinkDiagnosis]) -> str:
         for number, each in enumerate(diagnoses):
             row, column = divmod(number, columns)
             width, height = 1 / columns, 2.6 / size[1]
-            place = (column * width + 0.15 * width, 1 - (row + 0.8) * height, 0.8 * width, 0.62 * height)
+            place = ((column + 0.16) * width, 1 - (row + 0.8) * height, 0.8 * width, 0.62 * height)
             _draw_spectra(add_panel(figure, place, _name(each.figures)), each.figures)
         # One legend for all, of what any link has.
         lines = {line.get_label(): line for axes in figure.axes for line in axes.lines if line.get_label()[0] != "_"}
@@ -136,5 +136,6 @@ def _draw_spectra(axes: Any, figures: LinkFigures) -> None:
         colour = SERIES[_MATRICES.index(matrix) % len(SERIES)] if matrix in _MATRICES else SERIES[-1]
         axes.plot(places, found, linewidth=1.6, color=colour, label=matrix)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
-    axes.set_xticks([0, 1], ["largest", "smallest"])
+    axes.set_xticks([0.05, 0.92], ["largest", "smallest"])

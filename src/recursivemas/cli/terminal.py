@@ -52,9 +52,9 @@ def reported(command: Command) -> Command:
             command(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            # What `run` and `inspect` tell is on the terminal or nowhere, `import` and `export` write all or nothing;
-            # every other verb finds what it has done.
-            is_kept = command.__name__ not in ("run", "links", "import_", "export")
+            # What `run`, `inspect` and `pattern` tell is on the terminal or nowhere, `import` and `export` write all or
+            # nothing; every other verb finds what it has done.
+            is_kept = command.__name__ not in ("run", "links", "import_", "export", "check", "show")
             kept = "; what is done is kept, and the same command goes on from there" if is_kept else ""
             complain(f"interrupted{kept}")
             raise typer.Exit(130) from None

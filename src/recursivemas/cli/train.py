@@ -80,7 +80,7 @@ def train(
         system.training = {
             **provenance(),
             "seed": settings.seed,
-            "world": None if settings.world is None else settings.world.model_dump(),
+            **({} if settings.world is None else {"world": settings.world.model_dump()}),
             "recipe": settings.model_dump(mode="json", exclude={"system", "output"}),
             "stages": reports,
             # Where its links were drawn anew, only the agents come from the base.

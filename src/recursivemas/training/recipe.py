@@ -145,7 +145,8 @@ class Recipe(Config):
     def new_pattern(self) -> Pattern:
         """The pattern of a new system. Raises `PatternError` if its roles are not those of the agents."""
         pattern = Pattern.load(self.pattern)
-        for role in self.agents:
+        by_role = self.data.inner if self.data is not None and isinstance(self.data.inner, dict) else {}
+        for role in (*self.agents, *by_role):
             if role not in pattern.roles:
                 raise PatternError(f"pattern '{pattern.name}': " + unknown_name("role", role, pattern.roles))
         for role in pattern.roles:
