@@ -318,12 +318,11 @@ class RecursiveSystem:
                     if model.source is None:
                         model.save_pretrained(draft / folders[id(model)], dtype=dtype)
                 records[role] = describe_agent(draft, model, folders[id(model)])
-            every_link = {**{role: agent.inner_link for role, agent in self.agents.items()}, **self.links}
             links = {
                 name: LinkRecord(
                     folder=link_folder(name), sha256=write_link(draft / link_folder(name), link, dtype=dtype)
                 )
-                for name, link in every_link.items()
+                for name, link in self.all_links.items()
             }
             manifest = Manifest(
                 format_version=FORMAT_VERSION,
