@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -76,6 +77,9 @@ class AgentRecipe:
     max_grad_norm: float = 1.0
     drill_share: float = 0.0
     """Share of batches that are textbook drills; they are short, so such a batch holds twice as many."""
+    least_exact: float | None = None
+    """Where texts leave nothing to chance: an agent that writes a smaller share of its turns in the loop (training
+    split) word for word is drawn again from other initial weights, and the best of three stays."""
     seed: int = field(default=0)
 
 
@@ -117,6 +121,30 @@ def reply_loss(model: LanguageModel, turns: Sequence[EncodedTurn]) -> Tensor:
 
     Turns are padded on the right here: a causal model needs no mask then, and computes faster.
     """
+    logits, tokens = _judge(model, turns)
+    return functional.cross_entropy(logits, tokens)
+
+
+@torch.no_grad()
+def exact_share(world: "World", role: str, model: LanguageModel, num_samples: int = 200) -> float:
+    """Share of its turns in the loop (training split, so many of each kind of note) that an agent writes word for word.
+
+    Decoding greedily writes a text if, and only if, each of its tokens is the most probable one after those before it.
+    """
+    prompts = PromptSet.load(world.prompts)
+    right = []
+    for variant in world.variants:
+        turns = encode_turns(world.role_samples("train", num_samples, 0, role=role, variant=variant), model, prompts)
+        logits, tokens = _judge(model, turns)
+        parts = (logits.argmax(dim=-1) == tokens).split([len(turn.target_ids) + 1 for turn in turns])
+        right += [bool(part.all()) for part in parts]
+    return sum(right) / len(right)
+
+
+def _judge(
+    model: LanguageModel, turns: Sequence[EncodedTurn]
+) -> tuple[Float[Tensor, "token vocab_size"], Int[Tensor, " token"]]:
+    """Logits of every token of every reply (its end included), given those before it, and the tokens."""
     end = model.reply_end_id
     sequences = [[*turn.prompt_ids, *turn.target_ids, end] for turn in turns]
     longest = max(map(len, sequences))
@@ -125,4 +153,4 @@ def reply_loss(model: LanguageModel, turns: Sequence[EncodedTurn]) -> Tensor:
     for row, (turn, sequence) in enumerate(zip(turns, sequences, strict=True)):
         written[row, len(turn.prompt_ids) : len(sequence)] = True
     states = model.decoder(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    return functional.cross_entropy(model.logits(states[written[:, 1:]]), ids[written])
+    return model.logits(states[written[:, 1:]]), ids[written]
