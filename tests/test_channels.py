@@ -78,7 +78,6 @@ def test_a_sender_thinks_and_writes_once_for_all_its_readers(
         num_latent_steps=3,
         sampling=SamplingParams(max_new_tokens=4),
         through_inner_link=through_inner_link,
-        in_words=False,
         phase=phase,
     )
     assert phases == [(["planner"], name) for name in ("latent", "decode", "link", "link")]

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from recursivemas.system import RecursiveSystem
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str) -> str:
+def run(name: str, *options: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=110, check=False
+        [sys.executable, str(EXAMPLES / name), *options], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -75,3 +77,20 @@ def test_the_five_roles_are_those_of_the_documentation() -> None:
     text = (EXAMPLES.parent / "docs" / "patterns.md").read_text(encoding="utf-8")
     for file in ("pattern.yaml", "prompts.yaml"):
         assert (EXAMPLES / "five_roles" / file).read_text(encoding="utf-8").strip() in text, file
+
+
+def test_swap_one_edge(tmp_path: Path) -> None:
+    """Fewer questions and steps than the example takes: the new link is used, and is of use."""
+    printed = run(
+        "swap_one_edge.py", "-n", "120", "--steps", "150", "--samples", "512", "--out", str(tmp_path / "swapped")
+    )
+    rows = re.findall(r"(all text|latent|both) +(\.\d+|\d\.\d+) ± .* ([\d.]+) tokens, +(\d+) latent steps", printed)
+    assert [(name, float(tokens), int(steps)) for name, _, tokens, steps in rows] == [
+        ("all text", 43.0, 0),
+        ("latent", 28.0, 9),
+        ("both", 43.0, 9),
+    ]
+    accuracy = {name: float(value) for name, value, _, _ in rows}
+    assert accuracy["latent"] > 0.45  # where the planner is not heard, the pipeline stays below .35
+    swapped = RecursiveSystem.from_pretrained(tmp_path / "swapped")
+    assert swapped.settings.channel == {"planner->critic": "latent", "*": "text"}

@@ -484,3 +484,27 @@ def test_rounds_to_answer_in_must_be_played(system: RecursiveSystem) -> None:
 def test_unroll_takes_one_question_as_text(system: RecursiveSystem) -> None:
     *_, last = system.unroll("Why?", num_rounds=1, num_latent_steps=1)
     assert last.reading.cache.batch_size == 1
+
+
+def test_several_answers_are_sampled_from_the_same_latents(system: RecursiveSystem) -> None:
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=6, seed=3)
+    questions = ["What is two times twenty-one?", "The fox jumps over the river", "A plan."]
+    several = system.run(questions, sampling=sampling, num_samples=5)
+    one = system.run(questions, sampling=sampling)
+    for many, single in zip(several, one, strict=True):
+        assert many.text == single.text == many.samples[0]
+        assert single.samples == ()
+        assert len(set(many.samples)) > 1
+        # Latents are thought once, and only the answers are written so many times.
+        assert many.usage.total("latent_steps") == single.usage.total("latent_steps")
+        assert many.usage.total("prompt_tokens") == single.usage.total("prompt_tokens")
+        assert many.usage.total("generated_tokens") > 2 * single.usage.total("generated_tokens")
+    alone = system.run(questions[1], sampling=sampling, num_samples=3)
+    assert alone.samples == several[1].samples[:3]
+
+
+def test_several_answers_need_a_temperature(system: RecursiveSystem) -> None:
+    with pytest.raises(ConfigError, match="temperature"):
+        system.run("What?", num_samples=2)
+    with pytest.raises(ConfigError, match="num_samples"):
+        system.run("What?", num_samples=0)

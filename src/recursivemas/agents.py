@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from recursivemas.cache import LatentCache
-from recursivemas.decoding import Reply, SamplingParams, decode, decode_steps
+from recursivemas.decoding import Interjector, Reply, SamplingParams, decode, decode_on, decode_steps
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
 from recursivemas.prompts import Segments, Slot
@@ -30,11 +30,15 @@ class Message:
 
     latents: Float[Tensor, "batch latent_step hidden_size"] | None = None
     texts: tuple[str, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    """How many latents of each row are read, where rows have not equally many; by default all of them."""
 
     def select(self, rows: Sequence[int]) -> "Message":
         """The message of some rows, in the order given."""
         latents = None if self.latents is None else self.latents[list(rows)]
-        return Message(latents, None if self.texts is None else tuple(self.texts[row] for row in rows))
+        texts = None if self.texts is None else tuple(self.texts[row] for row in rows)
+        lengths = None if self.lengths is None else tuple(self.lengths[row] for row in rows)
+        return Message(latents, texts, lengths)
 
     @property
     def batch_size(self) -> int:
@@ -88,7 +92,7 @@ class PrefixStore:
         return Reading(known.cache, known.state, known.prompt_tokens, [0] * len(prefixes))
 
 
-Piece = list[int] | Float[Tensor, "latent_step hidden_size"]
+Piece = list[int] | Float[Tensor, "_ hidden_size"]
 
 
 class Agent:
@@ -135,19 +139,75 @@ class Agent:
     def _as_word(self, states: Float[Tensor, "batch hidden_size"]) -> Float[Tensor, "batch hidden_size"]:
         return self.model.embed(self.model.logits(states).argmax(dim=-1))
 
-    def speak(self, reading: Reading, sampling: SamplingParams, keys: Sequence[str]) -> list[Reply]:
-        """Text that follows a reading. `keys` name the rows for sampling."""
-        return decode(self.model, reading.cache.fork(), reading.state, sampling, keys, self._room(reading))
+    def think_along(
+        self, reading: Reading, num_latent_steps: int, texts: Sequence[str] | None = None
+    ) -> tuple[Float[Tensor, "batch latent_step hidden_size"], tuple[int, ...]]:
+        """Thoughts taken from a text that follows a reading (training only), and how many there are of each row.
+
+        They are the last hidden states *at* the first tokens of each row's text, as the chat template closes it: the
+        state that predicts its first token is not among them, and a text shorter than `num_latent_steps` gives fewer.
+        Without `texts` each row's is what the agent would itself write.
+        """
+        if texts is None:
+            with torch.no_grad():
+                replies = self.speak(
+                    reading, SamplingParams(max_new_tokens=num_latent_steps), [""] * len(reading.state)
+                )
+            ends, closing = self.model.stop_token_ids, self.model.reply_closing_ids
+            written = [list(reply.token_ids) for reply in replies]
+            rows = [[*ids[:-1], *closing] if ids[-1] in ends else ids for ids in written]
+        else:
+            rows = self._as_rendered(texts)
+        rows = [ids[:num_latent_steps] for ids in rows]
+        lengths = tuple(len(ids) for ids in rows)
+        longest = int(reading.cache.num_positions.max())
+        self.model.check_length(longest + max(lengths), f"the prompt of the {self.role}, with its text,")
+        # What stands after a row's own tokens is read too, but no state before it can know that.
+        padded = torch.tensor([ids + ids[-1:] * (max(lengths) - len(ids)) for ids in rows])
+        return self.model.step(reading.cache.fork(), self.model.embed(padded)), lengths
+
+    def _as_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of replies, with all that the chat template puts after each."""
+        return [[*ids, *self.model.reply_closing_ids] for ids in self.model.encode_batch(texts)]
+
+    def speak(
+        self, reading: Reading, sampling: SamplingParams, keys: Sequence[str], tools: Interjector | None = None
+    ) -> list[Reply]:
+        """Text that follows a reading. `keys` name the rows for sampling; `tools` may be called in it."""
+        room = self._room(reading)
+        return decode(self.model, reading.cache.fork(), reading.state, sampling, keys, room, tools)
 
     def speak_steps(
-        self, reading: Reading, sampling: SamplingParams, keys: Sequence[str]
+        self, reading: Reading, sampling: SamplingParams, keys: Sequence[str], tools: Interjector | None = None
     ) -> Iterator[list[tuple[int, int]]]:
         """The same token by token: (row, token id) of every row that goes on."""
-        return decode_steps(self.model, reading.cache.fork(), reading.state, sampling, keys, self._room(reading))
+        room = self._room(reading)
+        return decode_steps(self.model, reading.cache.fork(), reading.state, sampling, keys, room, tools)
 
-    def loss(self, reading: Reading, texts: Sequence[str]) -> Float[Tensor, " batch"]:
-        """Cross-entropy of each row's reply, mean over its tokens (the end-of-reply token included); eq. 6."""
+    def speak_on(
+        self, reading: Reading, sampling: SamplingParams, keys: Sequence[str], tools: Interjector | None = None
+    ) -> tuple[list[Reply], Reading]:
+        """The same, and the reading that ends with it: what the agent has written, and tools have told it, included.
+
+        Of that nothing is read anew.
+        """
+        start = reading.cache.fork()
+        replies, cache, state = decode_on(self.model, start, reading.state, sampling, keys, self._room(reading), tools)
+        return replies, Reading(cache, state, reading.prompt_tokens, reading.positions)
+
+    def loss(
+        self, reading: Reading, texts: Sequence[str], *, as_rendered: bool = False, is_cut: Sequence[bool] = ()
+    ) -> Float[Tensor, " batch"]:
+        """Cross-entropy of each row's reply, mean over its tokens (the end-of-reply token included); eq. 6.
+
+        `as_rendered` counts all that the chat template puts after a reply, where otherwise its first token ends it.
+        Nothing is counted after a reply that `is_cut`, of which the end is missing.
+        """
         targets = [[*ids, self.model.reply_end_id] for ids in self.model.encode_batch(texts)]
+        targets = self._as_rendered(texts) if as_rendered else targets
+        if any(is_cut):
+            bare = self.model.encode_batch(texts)
+            targets = [bare[row] if cut else targets[row] for row, cut in enumerate(is_cut)]
         # Rows are read together only if equally long, because padding would have to stand after the prompt.
         losses: dict[int, Tensor] = {}
         for rows in _group([len(target) for target in targets]).values():
@@ -178,7 +238,9 @@ class Agent:
                 elif segment.role in inbox:
                     message = inbox[segment.role]
                     if message.latents is not None:
-                        pieces.append(message.latents[row].to(self.model.device, self.model.dtype))
+                        latents = message.latents[row]
+                        latents = latents if message.lengths is None else latents[: message.lengths[row]]
+                        pieces.append(latents.to(self.model.device, self.model.dtype))
                     if message.texts is not None:
                         pieces.append(ids[message.texts[row]])
             rows.append([piece for piece in pieces if len(piece)])

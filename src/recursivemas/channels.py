@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recursivemas.agents import Agent, Message, Reading
 from recursivemas.chorus import Chorus
-from recursivemas.decoding import Reply, SamplingParams
+from recursivemas.decoding import Interjector, Reply, SamplingParams
 from recursivemas.errors import ConfigError, unknown_name
 from recursivemas.links import RecursiveLink
 
@@ -71,6 +71,11 @@ def choose_channels(channel: str | Mapping[str, str], edges: Sequence[str]) -> d
     return {edge: CHANNELS[channel.get(edge) or channel[REST]] for edge in edges}
 
 
+LATENT_SOURCES = ("rollout", "teacher", "targets")
+"""What latents are made of: thoughts that are rolled out, as in every run; or in training the states from which an
+agent would write its own text (`teacher`), or those at the words of a text that it is given (`targets`), else its own.
+"""
+
 Phase = Callable[[Sequence[str], str], AbstractContextManager[None]]
 """Times a phase of the work of some roles."""
 
@@ -83,6 +88,10 @@ class Sender(NamedTuple):
     reading: Reading
     edges: Mapping[str, Channel]
     keys: Sequence[str]
+    targets: Sequence[str] | None = None
+    """What it should write, where thoughts are taken from that (see `LATENT_SOURCES`)."""
+    tools: Interjector | None = None
+    """Tools that it uses before it sends: it writes with them, and that is its text, and what it thinks on from."""
 
     @property
     def thinks(self) -> bool:
@@ -109,27 +118,34 @@ def emit(
     num_latent_steps: int,
     sampling: SamplingParams,
     through_inner_link: bool,
-    in_words: bool,
+    latent_source: str = "rollout",
     phase: Phase,
 ) -> list[Emitted]:
     """The messages of senders that share one model, from what they have read; they think, and write, as one batch.
 
     A sender thinks once and writes once, whatever the number of its readers. A message in latents is R_out(R_in(H)), or
-    the paper's R_out(H) if it does not go through the inner link. `in_words`: see `Agent.think`.
+    the paper's R_out(H) if it does not go through the inner link.
     """
     thoughts: dict[str, Tensor] = {}
+    lengths: dict[str, tuple[int, ...]] = {}
     replies: dict[str, list[Reply]] = {}
+    senders = [_with_tools(sender, sampling, replies, phase) for sender in senders]
     thinking = [sender for sender in senders if sender.thinks and num_latent_steps]
     if thinking:
         with phase([sender.role for sender in thinking], "latent"):
-            found = _chorus(thinking).think(num_latent_steps, in_words=in_words)
+            if latent_source == "targets":
+                along = [each.agent.think_along(each.reading, num_latent_steps, each.targets) for each in thinking]
+                found = [states for states, _ in along]
+                lengths = {sender.role: many for sender, (_, many) in zip(thinking, along, strict=True)}
+            else:
+                found = _chorus(thinking).think(num_latent_steps, in_words=latent_source == "teacher")
             for sender, states in zip(thinking, found, strict=True):
                 thoughts[sender.role] = sender.agent.inner_link(states) if through_inner_link else states
-    writing = [sender for sender in senders if sender.writes]
+    writing = [sender for sender in senders if sender.writes and sender.role not in replies]
     if writing:
         with phase([sender.role for sender in writing], "decode"):
             written = _chorus(writing).speak(sampling, [sender.keys for sender in writing])
-        replies = dict(zip((sender.role for sender in writing), written, strict=True))
+        replies.update(zip((sender.role for sender in writing), written, strict=True))
     emitted = []
     for sender in senders:
         said, thought = replies.get(sender.role, []), thoughts.get(sender.role)
@@ -139,9 +155,20 @@ def emit(
                 messages[edge] = Message(
                     links[edge](thought) if channel.has_latents and thought is not None else None,
                     tuple(reply.text for reply in said) if channel.has_text else None,
+                    lengths.get(sender.role) if channel.has_latents else None,
                 )
         emitted.append(Emitted(messages, said))
     return emitted
+
+
+def _with_tools(sender: Sender, sampling: SamplingParams, replies: dict[str, list[Reply]], phase: Phase) -> Sender:
+    """A sender that has used its tools, if it has any: what it has read ends with what it wrote with them."""
+    if sender.tools is None:
+        return sender
+    with phase([sender.role], "decode"):
+        said, reading = sender.agent.speak_on(sender.reading, sampling, sender.keys, sender.tools)
+    replies[sender.role] = said
+    return sender._replace(reading=reading)
 
 
 def _chorus(senders: Sequence[Sender]) -> Chorus:

@@ -37,7 +37,7 @@ from recursivemas.prompts import PromptSet
 BUNDLED = Path(__file__).parent / "bundled" / "systems"
 FORMAT_VERSION = 1
 MANIFEST = "system.json"
-_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
+SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 """Files that make up the parts of a system; any other (a README, say) may come and go."""
 
 
@@ -78,6 +78,8 @@ class AgentRecord(Config):
     hidden_size: int
     vocab_size: int
     revision: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
+    """How a model that is to be had by name is held; the files of a local one say so themselves."""
     sha256: str | None = None
     """Hash of all files of a local model."""
     tokenizer_sha256: str
@@ -142,7 +144,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES]))
+        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"cannot download the system '{name}': {reason}") from None
@@ -166,7 +168,9 @@ def read_manifest(directory: Path) -> Manifest:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write system.json."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    draft = directory / f"{MANIFEST}.draft"
+    draft.write_text(text + "\n", encoding="utf-8")
+    draft.replace(directory / MANIFEST)
 
 
 def link_folder(name: str) -> str:
@@ -219,7 +223,7 @@ def folder_sha256(folder: Path) -> str:
     """Hash of the files of a part, names and contents. Raises `CheckpointError` if one cannot be read."""
     digest = hashlib.sha256()
     try:
-        for file in sorted(each for each in folder.rglob("*") if each.suffix in _SUFFIXES):
+        for file in sorted(each for each in folder.rglob("*") if each.suffix in SUFFIXES):
             digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as stream:
                 while chunk := stream.read(1 << 20):
@@ -267,6 +271,7 @@ def describe_agent(directory: Path, model: LanguageModel, place: str) -> AgentRe
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         revision=model.revision,
+        quantization=None if local else model.quantization,
         sha256=folder_sha256(directory / place) if local else None,
         **describe_tokenizer(model),
     )
@@ -280,6 +285,7 @@ def load_agent_model(directory: Path, role: str, record: AgentRecord, **options:
             verify_sha256(place, record.sha256)
             model = LanguageModel.from_pretrained(place, **options)
         else:
+            options = {"quantization": record.quantization, **options}
             model = LanguageModel.from_pretrained(record.model, revision=record.revision, **options)
     except ModelError as error:
         raise CheckpointError(f"the agent of the {role} cannot be loaded: {error}") from None

@@ -1,14 +1,16 @@
 """Text from the state in which a prompt or a latent thought has left a model.
 
 What is sampled for a question depends on the seed and on the question alone (its key), never on what else is in the
-batch. Takes a LanguageModel and a cache; knows nothing of agents, rounds or links.
+batch. Text may be put into a reply while it is being written (`Interjector`: the results of tools): its row then leaves
+the batch, the others go on, and it comes back when its text has come and been read, from the cache and in one piece.
+Takes a LanguageModel and a cache; knows nothing of agents, rounds, links or tools.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +19,7 @@ from torch import Tensor
 from recursivemas.cache import LatentCache
 from recursivemas.errors import ConfigError
 from recursivemas.models import LanguageModel
+from recursivemas.trace import ToolCall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +60,33 @@ class Reply:
 
     text: str
     token_ids: tuple[int, ...]
-    """Generated tokens, the end-of-reply token included."""
+    """Its tokens, the end-of-reply token and the results of tools included."""
     finished: bool
     """Whether it ended by itself; otherwise it was cut at `max_new_tokens`."""
+    calls: tuple[ToolCall, ...] = ()
+    """Tools that were called, and what they said: where it stands among the tokens."""
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that were generated; results of tools were only read."""
+        return len(self.token_ids) - sum(call.num_tokens for call in self.calls)
+
+
+@runtime_checkable
+class Interjector(Protocol):
+    """Puts text into replies while they are being written. Rows are those of the batch, counted from 0."""
+
+    def calls(self, row: int) -> tuple[ToolCall, ...]:
+        """What has been put into a row so far."""
+
+    def forbidden(self, row: int, token_ids: Sequence[int]) -> list[int]:
+        """Tokens that must not follow those of a row."""
+
+    def takes_up(self, row: int, token_ids: Sequence[int], room: int) -> bool:
+        """Whether a row with these tokens now waits for text, of at most `room` tokens."""
+
+    def ready(self, *, wait: bool) -> list[tuple[int, list[int]]]:
+        """Rows whose text has come, with its tokens. With `wait` at least one, where some row is waiting."""
 
 
 @torch.no_grad()
@@ -70,38 +97,136 @@ def decode_steps(
     sampling: SamplingParams,
     keys: Sequence[str],
     room: Sequence[int] | None = None,
+    tools: Interjector | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Decode token by token: each step yields (row, token) for every row that is not finished. The cache grows.
 
     Nothing is differentiated through text. `room` says how many tokens each row's context has left. Rows that have
-    finished are dropped from the batch once they are half of it.
+    finished are dropped from the batch once they are half of it. Tokens that `tools` put in are yielded as well.
     """
-    limits = [min(sampling.max_new_tokens, left) for left in room or [sampling.max_new_tokens] * len(keys)]
-    generators = [torch.Generator().manual_seed(_seed_of(sampling.seed, key)) for key in keys]
-    stop_ids = model.stop_token_ids
-    rows = list(range(len(keys)))
-    texts: list[list[int]] = [[] for _ in keys]
-    active = set(rows)
-    while True:
-        logits = model.logits(state)
-        tokens = _choose(logits, sampling, [generators[row] for row in rows]).tolist()
-        taken = [(row, token) for row, token in zip(rows, tokens, strict=True) if row in active]
+    yield from _Writing(model, cache, state, sampling, keys, room, tools).steps()
+
+
+class _Writing:
+    """Rows that are being written: those in the batch, some of which may be done, and those that wait for text."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: LatentCache,
+        state: Float[Tensor, "batch hidden_size"],
+        sampling: SamplingParams,
+        keys: Sequence[str],
+        room: Sequence[int] | None,
+        tools: Interjector | None,
+        *,
+        keep_ends: bool = False,
+    ) -> None:
+        self._model, self._sampling, self._tools = model, sampling, tools
+        self._cache, self._state = cache, state
+        self._room = list(room) if room is not None else None
+        self._generators = [torch.Generator().manual_seed(_seed_of(sampling.seed, key)) for key in keys]
+        self._rows = list(range(len(keys)))
+        self._active = set(self._rows)
+        self._texts: list[list[int]] = [[] for _ in keys]
+        self._num_generated = [0] * len(keys)
+        self._waiting: dict[int, tuple[LatentCache, int]] = {}
+        """Rows that have left the batch: their cache, and their last token, which has still to be read."""
+        self._ends: dict[int, tuple[LatentCache, Tensor, int | None]] | None = {} if keep_ends else None
+
+    def steps(self) -> Iterator[list[tuple[int, int]]]:
+        """Decode to the end (see `decode_steps`)."""
+        while self._active or self._waiting:
+            if self._active:
+                tokens = self._sample()
+                taken = [(row, token) for row, token in zip(self._rows, tokens, strict=True) if row in self._active]
+                self._take(taken)
+                yield taken
+                self._step(tokens)
+            if self._waiting and self._tools is not None:
+                for row, token_ids in self._tools.ready(wait=not self._active):
+                    self._resume(row, token_ids)
+                    yield [(row, token) for token in token_ids]
+
+    def ends(self) -> tuple[LatentCache, Float[Tensor, "batch hidden_size"]]:
+        """Where all rows have ended: what follows would be read from here. The end-of-reply token is not read."""
+        assert self._ends is not None
+        caches, states = [], []
+        for row in range(len(self._texts)):
+            cache, state, token = self._ends[row]
+            if token is not None:
+                state = self._model.step(cache, self._model.embed(torch.tensor([[token]])))[:, -1]
+            caches.append(cache)
+            states.append(state)
+        return LatentCache.merge(caches), torch.cat(states)
+
+    def _sample(self) -> list[int]:
+        logits = self._model.logits(self._state)
+        if self._tools is not None:
+            for place, row in enumerate(self._rows):
+                if row in self._active and (forbidden := self._tools.forbidden(row, self._texts[row])):
+                    logits[place, forbidden] = -torch.inf
+        chosen: list[int] = _choose(logits, self._sampling, [self._generators[row] for row in self._rows]).tolist()
+        return chosen
+
+    def _take(self, taken: Sequence[tuple[int, int]]) -> None:
+        """Put tokens to their rows; see which rows are done, and which wait now."""
         for row, token in taken:
-            texts[row].append(token)
-            if token in stop_ids or len(texts[row]) >= limits[row] or _holds_stop(model, texts[row], sampling):
-                active.discard(row)
-        yield taken
-        if not active:
+            text = self._texts[row]
+            text.append(token)
+            self._num_generated[row] += 1
+            if self._is_done(row):
+                self._active.discard(row)
+                if self._ends is not None:
+                    ended = token in self._model.stop_token_ids
+                    self._ends[row] = (*self._part(row), None if ended else token)
+            elif self._tools is not None:
+                room = self._left(row) - 1
+                if self._tools.takes_up(row, text, room):
+                    self._active.discard(row)
+                    self._waiting[row] = self._part(row)[0], token
+
+    def _is_done(self, row: int) -> bool:
+        text = self._texts[row]
+        if text[-1] in self._model.stop_token_ids or self._num_generated[row] >= self._sampling.max_new_tokens:
+            return True
+        begin = _after_calls(self._tools.calls(row)) if self._tools is not None else 0
+        return self._left(row) <= 0 or _holds_stop(self._model, text, self._sampling, begin)
+
+    def _left(self, row: int) -> int:
+        """Tokens that the context of a row has left."""
+        return (1 << 62) if self._room is None else self._room[row] - len(self._texts[row])
+
+    def _part(self, row: int) -> tuple[LatentCache, Tensor]:
+        """One row of the batch, before its last token is read."""
+        place = torch.tensor([self._rows.index(row)], device=self._state.device)
+        return self._cache.select(place), self._state[place]
+
+    def _step(self, tokens: list[int]) -> None:
+        """Read the last token of each row that goes on."""
+        if not self._active:
+            self._rows = []
             return
+        gone = [row for row in self._rows if row not in self._active]
         # A row whose context is full must not be stepped on, even if nobody looks at it.
-        is_full = any(len(texts[row]) >= limits[row] for row in rows if row not in active)
-        if is_full or 2 * len(active) <= len(rows):
-            kept = torch.tensor([i for i, row in enumerate(rows) if row in active], device=state.device)
-            cache = cache.select(kept)
-            tokens = [tokens[i] for i in kept.tolist()]
-            rows = [row for row in rows if row in active]
-        inputs_embeds = model.embed(torch.tensor(tokens)).unsqueeze(1)
-        state = model.step(cache, inputs_embeds)[:, -1]
+        must_go = any(row in self._waiting or self._left(row) <= 0 for row in gone)
+        if must_go or 2 * len(self._active) <= len(self._rows):
+            kept = [place for place, row in enumerate(self._rows) if row in self._active]
+            self._cache = self._cache.select(torch.tensor(kept, device=self._state.device))
+            self._rows, tokens = [self._rows[place] for place in kept], [tokens[place] for place in kept]
+        inputs_embeds = self._model.embed(torch.tensor(tokens)).unsqueeze(1)
+        self._state = self._model.step(self._cache, inputs_embeds)[:, -1]
+
+    def _resume(self, row: int, token_ids: Sequence[int]) -> None:
+        """Read what has come for a row, all at once, and take it into the batch again."""
+        cache, last = self._waiting.pop(row)
+        state = self._model.step(cache, self._model.embed(torch.tensor([[last, *token_ids]])))[:, -1]
+        self._texts[row].extend(token_ids)
+        if self._rows:
+            cache, state = LatentCache.merge([self._cache, cache]), torch.cat([self._state, state])
+        self._cache, self._state = cache, state
+        self._rows.append(row)
+        self._active.add(row)
 
 
 def decode(
@@ -111,21 +236,56 @@ def decode(
     sampling: SamplingParams,
     keys: Sequence[str],
     room: Sequence[int] | None = None,
+    tools: Interjector | None = None,
 ) -> list[Reply]:
     """Decode the reply of every row to its end. `keys` name the rows for sampling. The cache grows."""
     tokens: list[list[int]] = [[] for _ in keys]
-    for taken in decode_steps(model, cache, state, sampling, keys, room):
+    for taken in decode_steps(model, cache, state, sampling, keys, room, tools):
         for row, token in taken:
             tokens[row].append(token)
-    return [make_reply(model, token_ids, sampling) for token_ids in tokens]
+    return _make_replies(model, tokens, sampling, tools)
 
 
-def make_reply(model: LanguageModel, token_ids: Sequence[int], sampling: SamplingParams) -> Reply:
-    """The reply that these generated tokens are."""
+@torch.no_grad()
+def decode_on(
+    model: LanguageModel,
+    cache: LatentCache,
+    state: Float[Tensor, "batch hidden_size"],
+    sampling: SamplingParams,
+    keys: Sequence[str],
+    room: Sequence[int] | None = None,
+    tools: Interjector | None = None,
+) -> tuple[list[Reply], LatentCache, Float[Tensor, "batch hidden_size"]]:
+    """Decode the replies, and where they end: the cache that holds them, and the states at their last words.
+
+    A token that ends a reply is not read, so that its author can think on.
+    """
+    writing = _Writing(model, cache, state, sampling, keys, room, tools, keep_ends=True)
+    tokens: list[list[int]] = [[] for _ in keys]
+    for taken in writing.steps():
+        for row, token in taken:
+            tokens[row].append(token)
+    return _make_replies(model, tokens, sampling, tools), *writing.ends()
+
+
+def _make_replies(
+    model: LanguageModel, tokens: Sequence[Sequence[int]], sampling: SamplingParams, tools: Interjector | None
+) -> list[Reply]:
+    calls = [tools.calls(row) if tools is not None else () for row in range(len(tokens))]
+    return [make_reply(model, ids, sampling, said) for ids, said in zip(tokens, calls, strict=True)]
+
+
+def make_reply(
+    model: LanguageModel, token_ids: Sequence[int], sampling: SamplingParams, calls: Sequence[ToolCall] = ()
+) -> Reply:
+    """The reply that these tokens are, with the tools that were called in it."""
     ended = bool(token_ids) and token_ids[-1] in model.stop_token_ids
-    text = model.decode(token_ids[:-1] if ended else token_ids)
-    position = _stop_position(text, sampling)
-    return Reply(text if position is None else text[:position], tuple(token_ids), ended or position is not None)
+    words = token_ids[:-1] if ended else token_ids
+    text = model.decode(words)
+    position = _stop_position(text, sampling, len(model.decode(words[: _after_calls(calls)])))
+    return Reply(
+        text if position is None else text[:position], tuple(token_ids), ended or position is not None, tuple(calls)
+    )
 
 
 def told_so_far(reply: Reply, sampling: SamplingParams) -> str:
@@ -138,16 +298,22 @@ def told_so_far(reply: Reply, sampling: SamplingParams) -> str:
     return text
 
 
-def _holds_stop(model: LanguageModel, token_ids: Sequence[int], sampling: SamplingParams) -> bool:
-    return bool(sampling.stop) and _stop_position(model.decode(token_ids), sampling) is not None
+def _holds_stop(model: LanguageModel, token_ids: Sequence[int], sampling: SamplingParams, begin: int) -> bool:
+    """Whether a stop string stands in what was written from the token `begin` on."""
+    return bool(sampling.stop) and _stop_position(model.decode(token_ids[begin:]), sampling) is not None
+
+
+def _after_calls(calls: Sequence[ToolCall]) -> int:
+    """The first token after the last text that was put in."""
+    return calls[-1].position + calls[-1].num_tokens if calls else 0
 
 
 def _is(kind: Any, value: Any, *, at_least: int | None = None) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and (at_least is None or value >= at_least)
 
 
-def _stop_position(text: str, sampling: SamplingParams) -> int | None:
-    found = [position for stop in sampling.stop if (position := text.find(stop)) >= 0]
+def _stop_position(text: str, sampling: SamplingParams, begin: int = 0) -> int | None:
+    found = [position for stop in sampling.stop if (position := text.find(stop, begin)) >= 0]
     return min(found, default=None)
 
 

@@ -7,7 +7,8 @@
     ├── ModelError        a language model that cannot serve as an agent
     ├── CheckpointError   a saved part that is missing, corrupt, or does not fit
     ├── OutputError       a place that cannot be written to
-    └── NumericsError     a latent or a loss that is not finite
+    ├── NumericsError     a latent or a loss that is not finite
+    └── SandboxError      code of a model that cannot be confined here
 
 Each message says what was given, what was expected and what to do. The module knows nothing of the rest of the
 package; whoever finds the fault raises it.
@@ -47,6 +48,10 @@ class OutputError(RecursiveMASError):
 
 class NumericsError(RecursiveMASError):
     """A latent or a loss is not finite."""
+
+
+class SandboxError(RecursiveMASError):
+    """Code of a model cannot be confined here, or the sandbox itself has failed."""
 
 
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> str:

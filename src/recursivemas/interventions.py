@@ -4,7 +4,8 @@ An intervention is called with every message that is sent, `intervene(message, e
 a plain function serves. It may also know a message beforehand (`known`); then the sender is not run for it.
 
     zero       latents are zeros, text is empty: the slot is there, and says nothing
-    shuffled   each reader gets what the next question, in a seeded order, sent on the same edge in the same round
+    shuffled   each reader gets what the next question, in a seeded order, sent on the same edge in the same round;
+               shuffled:ROLE concerns only what that role sends
     replay     messages come from a trace
 
 Knows messages, edges and rounds; knows nothing of systems. `shuffled` needs the messages of other questions, which
@@ -57,6 +58,7 @@ class Zero(Intervention):
         return Message(
             None if message.latents is None else torch.zeros_like(message.latents),
             None if message.texts is None else ("",) * len(message.texts),
+            message.lengths,
         )
 
 

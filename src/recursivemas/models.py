@@ -12,7 +12,9 @@ import copy
 import hashlib
 import importlib.util
 import json
+import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -46,7 +49,9 @@ from recursivemas.errors import ConfigError, InputError, ModelError, unknown_nam
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 """Implementations of attention that can be asked for. A name of the hub would be code that is downloaded and run."""
-_AGENT_OPTIONS = ("model", "revision", "dtype", "device", "attn_implementation", "device_map")
+QUANTIZATIONS = ("8bit", "4bit")
+"""Ways to hold the weights of a frozen model in fewer bits: int8 (LLM.int8) or 4-bit NormalFloat, by bitsandbytes."""
+_AGENT_OPTIONS = ("model", "revision", "dtype", "device", "attn_implementation", "device_map", "quantization")
 _EMBEDDING_CHUNK = 16384
 
 _OTHER_PARTS = re.compile(
@@ -107,6 +112,10 @@ class ModelSizes:
     """Width of the queries, keys and values of such a layer at one position."""
     recurrent_size: int
     """Numbers in the state of such a layer."""
+    body_parameters: int
+    """Weights but for the embedding table and the output head: those that every position is multiplied with."""
+    linear_widths: int
+    """Inputs and outputs of all linear layers but the output head: the parameters of adapters of rank one."""
 
     @classmethod
     def of(cls, name_or_path: str | Path, shipped: Path) -> "ModelSizes":
@@ -147,6 +156,17 @@ class ModelSizes:
             num_recurrent_layers=sum(kind == "linear_attention" for kind in kinds),
             recurrent_width=2 * key_heads * key_width + value_heads * value_width,
             recurrent_size=value_heads * key_width * value_width,
+            body_parameters=sum(
+                each.numel()
+                for each in network.parameters()
+                if each is not network.get_input_embeddings().weight
+                and each is not network.get_output_embeddings().weight
+            ),
+            linear_widths=sum(
+                each.in_features + each.out_features
+                for each in network.modules()
+                if isinstance(each, torch.nn.Linear) and each is not network.get_output_embeddings()
+            ),
         )
 
 
@@ -189,11 +209,14 @@ class LanguageModel:
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
+        quantization: str | None = None,
     ) -> "LanguageModel":
         """Load a model by its Hugging Face name or from a directory.
 
         `attn_implementation` is one of `ATTENTION`, by default transformers' choice. `device_map`, in place of
-        `device`, spreads a large model over several devices (see transformers; needs accelerate). Of a model that also
+        `device`, spreads a large model over several devices (see transformers; needs accelerate). `quantization` is one
+        of `QUANTIZATIONS` (needs bitsandbytes): its states are then a few percent off (8bit) or more (4bit), and with
+        8bit may depend on the batch; gradients flow through it as through any frozen model. Of a model that also
         sees, the text part is kept. An adapter_config.json that is not peft's, as stands beside the authors' weights,
         is no concern of the model's.
 
@@ -204,6 +227,8 @@ class LanguageModel:
         name = str(name_or_path)
         place = choose_device(device)
         _check_options(attn_implementation, device, device_map)
+        precision = choose_dtype(dtype, place)
+        quantized = _quantized(quantization, precision, place, device_map)
         try:
             config = _read_config(name, revision)
             knows_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -212,9 +237,9 @@ class LanguageModel:
                 network, info = kind.from_pretrained(
                     folder,
                     revision=revision,
-                    dtype=choose_dtype(dtype, place),
+                    dtype=precision,
                     attn_implementation=attn_implementation,
-                    device_map=device_map,
+                    **({"device_map": device_map} | quantized),
                     use_safetensors=True,
                     trust_remote_code=False,
                     output_loading_info=True,
@@ -227,7 +252,8 @@ class LanguageModel:
         _check_weights(name, network, text_part, info)
         local = Path(name).is_dir()
         found = revision or getattr(network.config, "_commit_hash", None)
-        placed = text_part if device_map is not None else text_part.to(place)
+        is_placed = device_map is not None or getattr(network, "quantization_method", None) is not None
+        placed = text_part if is_placed else text_part.to(place)
         return cls(placed, tokenizer, source=None if local else name, revision=None if local else found)
 
     @classmethod
@@ -255,16 +281,46 @@ class LanguageModel:
         precision = choose_dtype(dtype, place)
         return cls(network.to(place, torch.float32 if isinstance(precision, str) else precision), tokenizer)
 
+    @classmethod
+    def without_weights(cls, name_or_path: str | Path, *, revision: str | None = None) -> "LanguageModel":
+        """What concerns text alone: tokenizer, chat template, length of the context. It cannot compute anything.
+
+        Raises `ModelError` if these cannot be had.
+        """
+        name = str(name_or_path)
+        try:
+            config = _read_config(name, revision).get_text_config()
+            with torch.device("meta"):
+                network = AutoModelForCausalLM.from_config(config)
+            tokenizer = _load_tokenizer(name, revision)
+        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+            raise ModelError(f"the tokenizer of '{name}' cannot be had: {_reason(error, name)}") from None
+        model = cls.__new__(cls)
+        model.network, model.tokenizer, model.config = network, tokenizer, config
+        model.source, model.revision = None if Path(name).is_dir() else name, revision
+        model._check_text(model.source or config.model_type)
+        return model
+
     def save_pretrained(self, directory: Path, *, dtype: str | None = None) -> None:
         """Write weights (in another precision if asked) and tokenizer in the format of transformers."""
         network = self.network
-        if dtype is not None:
+        if dtype is not None and not self.is_quantized:  # what is in fewer bits is written in these
             network = copy.deepcopy(network).to(choose_dtype(dtype, self.device))
         network.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
     def _check(self) -> None:
         name = self.source or self.config.model_type
+        self._check_text(name)
+        with torch.no_grad():
+            self._check_states(name)
+            if self.new_cache(1).is_recurrent:
+                self._check_recurrence(name)
+        if self.is_quantized:
+            self._check_gradients(name)
+
+    def _check_text(self, name: str) -> None:
+        """It must be known how to address the model, and how its replies end."""
         if self.tokenizer.chat_template is None:
             raise ModelError(
                 f"'{name}' has no chat template, so it is not known how to address it; take its chat (instruct) "
@@ -272,10 +328,6 @@ class LanguageModel:
             )
         if not self.stop_token_ids:
             raise ModelError(f"'{name}' names no end-of-sequence token, so its replies would never end")
-        with torch.no_grad():
-            self._check_states(name)
-            if self.new_cache(1).is_recurrent:
-                self._check_recurrence(name)
 
     def _check_states(self, name: str) -> None:
         """Nothing may look ahead, and the output head must be all that stands between the states and the logits."""
@@ -320,7 +372,46 @@ class LanguageModel:
                 "would depend on the batch; choose another model"
             )
 
+    def _check_gradients(self, name: str) -> None:
+        """What comes back through weights in fewer bits must belong to what went in: <W'(Wx), x> = <Wx, Wx>.
+
+        On some devices bitsandbytes computes forward right and backward wrong, and says nothing.
+        """
+        kinds = ("Linear8bitLt", "Linear4bit")
+        layer: Any = next((each for each in self.decoder.modules() if type(each).__name__ in kinds), None)
+        if layer is None:
+            return
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(4, layer.in_features, generator=generator).to(layer.weight.device, self.dtype)
+        states.requires_grad_(True)
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mapped = layer(states) - (0 if layer.bias is None else layer.bias)
+            back: tuple[Tensor | None, ...] = (None,)
+            if mapped.requires_grad:
+                back = torch.autograd.grad(mapped, states, mapped.detach(), allow_unused=True)
+        expected = float(mapped.detach().double().square().sum())
+        found = 0.0 if back[0] is None else float((back[0].double() * states.detach().double()).sum())
+        if not abs(found - expected) <= 0.05 * expected:
+            raise ModelError(
+                f"gradients through the quantised weights of '{name}' are wrong on the device '{self.device}' "
+                f"({found / expected:.3g} times what they should be), a fault of bitsandbytes there; take another "
+                "device, dtype or quantization, or none"
+            )
+
     # What it is
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its weights are held in fewer bits than it computes in."""
+        return getattr(self.network, "quantization_method", None) is not None
+
+    @property
+    def quantization(self) -> str | None:
+        """One of `QUANTIZATIONS`, if its weights are held so."""
+        chosen = getattr(self.network.config, "quantization_config", None) if self.is_quantized else None
+        found = {"8bit": getattr(chosen, "load_in_8bit", False), "4bit": getattr(chosen, "load_in_4bit", False)}
+        return next((name for name in QUANTIZATIONS if found[name]), None)
 
     @property
     def decoder(self) -> torch.nn.Module:
@@ -377,11 +468,19 @@ class LanguageModel:
         ending = self._reply_ending()
         return min(self.stop_token_ids) if ending is None else ending
 
-    def _reply_ending(self) -> int | None:
+    @cached_property
+    def reply_closing_ids(self) -> list[int]:
+        """All tokens its chat template puts after a reply: `reply_end_id`, and a line break behind it, say."""
+        return [self.reply_end_id] if self._reply_ending() is None else self._after_reply()
+
+    def _after_reply(self) -> list[int]:
         mark = "reply"
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
         rendered = self._render(messages, add_generation_prompt=False)
-        after = self.encode(rendered.rpartition(mark)[2])
+        return self.encode(rendered.rpartition(mark)[2])
+
+    def _reply_ending(self) -> int | None:
+        after = self._after_reply()
         if not after:
             return None
         added = self.tokenizer.added_tokens_decoder.get(after[0])
@@ -398,7 +497,7 @@ class LanguageModel:
         digest = hashlib.sha256()
         for name, weight in sorted(self.network.state_dict().items()):
             digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     # Text
@@ -593,6 +692,23 @@ def load_models(
     return models
 
 
+def options_by_role(options: Mapping[str, Mapping[str, Any]], roles: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The options of every role: its own, over those for all (`*`). Raises `ConfigError` for unknown names."""
+    known = list(roles)
+    for role, chosen in options.items():
+        if role not in (*known, "*"):
+            raise ConfigError("options of agents: " + unknown_name("role", role, [*known, "*"]))
+        for name in chosen:
+            if name not in _AGENT_OPTIONS or name == "model":
+                raise ConfigError(f"agent '{role}': " + unknown_name("option", name, _AGENT_OPTIONS[1:]))
+    found = {role: {**options.get("*", {}), **options.get(role, {})} for role in known}
+    # A model is on one device, or spread over several: what is said of its own holds over what is said of all.
+    for chosen in found.values():
+        if chosen.get("device_map"):
+            chosen["device"] = None
+    return found
+
+
 def _check_options(
     attn_implementation: str | None, device: str | torch.device | None, device_map: str | Mapping[str, Any] | None
 ) -> None:
@@ -604,6 +720,40 @@ def _check_options(
         raise ConfigError(f"give a device ('{device}') or a device_map, not both")
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("a device_map needs the package accelerate: pip install accelerate, or give one device")
+
+
+def _quantized(
+    quantization: str | None,
+    precision: torch.dtype | str,
+    place: torch.device,
+    device_map: str | Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What transformers is told to hold weights in fewer bits. Raises `ConfigError` where that cannot be had."""
+    if quantization is None:
+        return {}
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(unknown_name("quantization", quantization, QUANTIZATIONS))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantization '{quantization}' needs the package bitsandbytes: pip install 'recursivemas[quant]', or "
+            "leave `quantization` out"
+        )
+    import bitsandbytes
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every layer and call that it rounds
+    known = {*bitsandbytes.supported_torch_devices}
+    if device_map is None and place.type not in known:
+        raise ConfigError(
+            f"quantization '{quantization}' cannot be had on the device '{place}': bitsandbytes knows "
+            f"{', '.join(sorted(known))}; take one of these, or leave `quantization` out"
+        )
+    computed = torch.bfloat16 if isinstance(precision, str) else precision
+    options: dict[str, Any] = (
+        {"load_in_8bit": True}
+        if quantization == "8bit"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": computed}
+    )
+    return {"quantization_config": BitsAndBytesConfig(**options), "device_map": device_map or {"": place}}
 
 
 def _read_config(name: str, revision: str | None) -> PretrainedConfig:

@@ -122,9 +122,12 @@ class Pattern(Config):
             }
         )
 
-    def alone(self) -> "Pattern":
-        """The answering role without the others."""
-        return Pattern(name=f"{self.name} (solo)", stages=((self.answers,),), answers=self.answers)
+    def alone(self, role: str | None = None) -> "Pattern":
+        """The answering role, or another one, without the others. Raises `PatternError` for an unknown role."""
+        chosen = self.answers if role is None else role
+        if chosen not in self.roles:
+            raise PatternError(f"pattern '{self.name}': " + unknown_name("role", chosen, self.roles))
+        return Pattern(name=f"{self.name} (solo)", stages=((chosen,),), answers=chosen)
 
     def stage_of(self, role: str) -> int:
         """Index of the stage in which a role acts."""

@@ -15,10 +15,11 @@
     variants:                                     # optional: words to fill in; the first variant is the default
       short: {style: Be brief.}
 
-`{question}` and `{instructions}` (from the task) are filled in; `{latents:ROLE}` is a slot, where the message of ROLE
-goes, be it latents or text. Of the templates that fit a turn the most particular one is taken: solo, last, first,
-later, always. A template goes through the chat template of the model that reads it; what comes out is cut at the
-slots, and every piece of text is tokenised on its own, so that a prompt has the same tokens whatever fills its slots.
+`{question}`, `{instructions}` (from the task) and `{tools}` (which there are, see tools/) are filled in;
+`{latents:ROLE}` is a slot, where the message of ROLE goes, be it latents or text. Of the templates that fit a turn the
+most particular one is taken: solo, last, first, later, always. A template goes through the chat template of the model
+that reads it; what comes out is cut at the slots, and every piece of text is tokenised on its own, so that a prompt has
+the same tokens whatever fills its slots.
 
 Knows nothing of graphs, models or tensors; the chat template comes as a function.
 """
@@ -36,8 +37,8 @@ from recursivemas.errors import ConfigError, PatternError, unknown_name
 BUNDLED = Path(__file__).parent / "bundled" / "prompts"
 
 _FIELD = re.compile(r"\{([a-zA-Z_]\w*)(?::(\w+))?\}")
-_OURS = {"question", "instructions", "latents"}
-_NEARLY_A_FIELD = re.compile(r"\{\s*(?:question|instructions|latents)\b[^{}]*\}")
+_OURS = {"question", "instructions", "latents", "tools"}
+_NEARLY_A_FIELD = re.compile(r"\{\s*(?:question|instructions|latents|tools)\b[^{}]*\}")
 """What looks like a field; if it is none, because of a blank, say, the words would go to the model as they are."""
 
 
@@ -132,10 +133,15 @@ class PromptSet(Config):
         templates = self.roles[role].model_dump(exclude_none=True, exclude={"solo"}).values()
         return {slot for template in templates for field, slot in _FIELD.findall(template) if field == "latents"}
 
+    def tells_of_tools(self, role: str) -> bool:
+        """Whether some template of a role says which tools there are (`{tools}`)."""
+        return any("{tools}" in text for _, _, text in templates_of({"roles": {role: self.roles[role].model_dump()}}))
+
     def alone(self, role: str) -> "PromptSet":
         """What a role reads without the others: its `solo` template, always."""
-        always = RolePrompts(always=self.template(role, solo=True))
-        return self.model_copy(update={"name": f"{self.name} (solo)", "roles": {role: always}})
+        template = self.template(role, solo=True)
+        alone = RolePrompts(always=template, solo=template)
+        return self.model_copy(update={"name": f"{self.name} (solo)", "roles": {role: alone}})
 
     def segments(
         self,
@@ -148,11 +154,12 @@ class PromptSet(Config):
         solo: bool = False,
         variant: str | None = None,
         instructions: str = "",
+        tools: str = "",
     ) -> Segments:
         """The prompt of one turn for one question, through the chat template, cut at its slots."""
-        words = {"question": question, "instructions": instructions, **self.variant(variant)}
+        words = {"question": question, "instructions": instructions, "tools": tools, **self.variant(variant)}
         template = self.template(role, round=round, is_last=is_last, solo=solo)
-        marker = _unused_marker(question + instructions + template)
+        marker = _unused_marker(question + instructions + tools + template)
         slots: list[Slot] = []
 
         def fill(match: re.Match[str]) -> str:
@@ -232,5 +239,6 @@ def _wrong_fields(template: str, words: set[str]) -> Iterator[tuple[int, str]]:
             )
         elif slot and field != "latents":
             yield line, f"'{{{field}:{slot}}}' is not a slot; write {{latents:{slot}}}"
-        elif not slot and field not in {"question", "instructions", *words}:
-            yield line, unknown_name("placeholder", field, ["question", "instructions", "latents:ROLE", *words])
+        elif not slot and field not in {"question", "instructions", "tools", *words}:
+            known = ["question", "instructions", "tools", "latents:ROLE", *words]
+            yield line, unknown_name("placeholder", field, known)

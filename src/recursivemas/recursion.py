@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -25,11 +26,16 @@ from recursivemas.interventions import Intervention
 from recursivemas.links import RecursiveLink
 from recursivemas.patterns import Edge, Pattern, Turn
 from recursivemas.prompts import PromptSet, Segments
+from recursivemas.tools import Toolbox, ToolSession
 from recursivemas.trace import Meter
 
 ROWS_TOGETHER = 64
 """Rows up to which roles that share a model are played as one batch. The fewer rows, the more it saves; with many, a
 step is busy with one role, and the caches of several at once only take memory (benchmarks/parallel_roles.py)."""
+
+TOOLS_AFTER = ("last", "every")
+"""When tools are used: in the answer alone, as in the paper; or in every round. The answering role then writes in each,
+with its tools, before it sends; that is its message in text, and what it thinks on from for one in latents."""
 
 Sent = dict[tuple[str, int], Message]
 """Messages by edge and round."""
@@ -47,12 +53,18 @@ class Plan:
     instructions: str = ""
     intervene: Intervention = field(default_factory=Intervention)
     answer_rounds: tuple[int, ...] = ()
-    in_words: bool = False
-    """Whether thoughts are teacher-forced (see `Agent.think`); in training only."""
+    latent_source: str = "rollout"
+    """What latents are made of (see `LATENT_SOURCES`); another in training only."""
+    targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Of some roles the text that their latents are taken from, where these are (`targets`)."""
     judge: "Callable[[PlayedTurn], Tensor] | None" = None
     """Takes the loss of an answering turn, as a part of that turn."""
     recompute: bool = False
     """Whether the backward pass computes each turn again, instead of keeping all that it needs of all turns."""
+    tools: Toolbox | None = None
+    """What the answering role can call while it writes."""
+    tools_after: str = "last"
+    """In which rounds it does (see `TOOLS_AFTER`)."""
 
     def is_open(self, edge: Edge) -> bool:
         """Whether anything travels on an edge."""
@@ -76,6 +88,8 @@ class PlayedTurn:
     """What it read that nobody sent in this run: messages that were at hand, by edge and round."""
     loss: Tensor | None = None
     """Of an answering turn: what `Plan.judge` says of it."""
+    replies: Sequence[Reply] = ()
+    """What it wrote to send it, one for each question, if it wrote anything."""
 
 
 @dataclass
@@ -146,7 +160,7 @@ class Recursion:
         if turns[0].speaks:
             return read
         return {
-            turn: replace(played, messages=self._send(turn, each, batch))
+            turn: replace(played, messages=self._send(turn, each, batch), replies=each.replies)
             for (turn, played), each in zip(read.items(), emitted, strict=True)
         }
 
@@ -165,6 +179,8 @@ class Recursion:
                     played.reading,
                     {str(edge): plan.channels[str(edge)] for edge in turn.sends},
                     [sampling_key(key, turn) for key in batch.keys],
+                    plan.targets.get(turn.role),
+                    self.tool_session(turn, batch.questions, plan),
                 )
                 for turn, played in read.items()
             ],
@@ -172,7 +188,7 @@ class Recursion:
             num_latent_steps=plan.num_latent_steps,
             sampling=plan.sampling,
             through_inner_link=self._through_inner_link,
-            in_words=plan.in_words,
+            latent_source=plan.latent_source,
             phase=partial(batch.meter.phase, turns[0].round),
         )
         return read, emitted
@@ -202,6 +218,13 @@ class Recursion:
             batch.sent[str(edge), turn.round] = arrived[str(edge)] = message
         return arrived
 
+    def tool_session(self, turn: Turn, questions: Sequence[str], plan: Plan) -> ToolSession | None:
+        """The tools that a role uses in a turn, one row a question; None if it has none then."""
+        in_time = turn.speaks or plan.tools_after == "every"
+        if plan.tools is None or turn.role != self.pattern.answers or not in_time:
+            return None
+        return plan.tools.session(self.agents[turn.role].model, questions)
+
     def _prompts(self, turn: Turn, batch: Batch) -> list[Segments]:
         """The prompt of a turn for every question; rendered once, where a later round has the same template."""
         plan = batch.plan
@@ -221,6 +244,7 @@ class Recursion:
             is_last=turn.speaks or turn.round == plan.num_rounds,
             variant=plan.variant,
             instructions=plan.instructions,
+            tools="" if plan.tools is None else plan.tools.text,
         )
 
     def prompt_spaces(self, plan: Plan) -> list[PromptSpace]:
@@ -262,16 +286,25 @@ class Recursion:
         return [(edge, self.pattern.message_round(edge, turn.round)) for edge in edges]
 
 
-def sampling_key(key: str, turn: Turn) -> str:
-    """Names what is sampled: of this question, by this role, in this round."""
-    return f"{key}/{turn.role}/{turn.round}"
+def sampling_key(key: str, turn: Turn, index: int = 0) -> str:
+    """Names what is sampled: of this question, by this role, in this round, for the first (0), second, ... time."""
+    return f"{key}/{turn.role}/{turn.round}" + (f"/{index}" if index else "")
 
 
 def count_reply(meter: Meter, turn: Turn, replies: Sequence[Reply]) -> None:
-    """A decoded token is counted when it is chosen; all but the last are also read."""
+    """A decoded token is counted when it is chosen; all but the last are also read.
+
+    There may be several replies to each question, one after the other.
+    """
     if replies:
-        counts = [len(reply.token_ids) for reply in replies]
-        meter.count(turn.round, turn.role, generated_tokens=counts, positions=[max(n - 1, 0) for n in counts])
+        counts = {
+            "generated_tokens": [reply.num_generated for reply in replies],
+            "positions": [max(len(reply.token_ids) - 1, 0) for reply in replies],
+            "tool_calls": [len(reply.calls) for reply in replies],
+            "tool_tokens": [len(reply.token_ids) - reply.num_generated for reply in replies],
+        }
+        sums = {name: torch.tensor(each).view(meter.batch_size, -1).sum(dim=1) for name, each in counts.items()}
+        meter.count(turn.round, turn.role, **{name: each.tolist() for name, each in sums.items()})
 
 
 def _check_reading(reading: Reading, turn: Turn, keys: Sequence[str]) -> None:

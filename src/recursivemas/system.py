@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,10 +18,9 @@ from torch import Tensor, nn
 
 from recursivemas.agents import Agent, Message
 from recursivemas.batches import as_questions, check_whole, in_batches
-from recursivemas.channels import choose_channels
+from recursivemas.channels import LATENT_SOURCES, choose_channels
 from recursivemas.checkpoint import (
     FORMAT_VERSION,
-    AgentRecord,
     LinkRecord,
     Manifest,
     SystemSettings,
@@ -48,17 +48,19 @@ from recursivemas.errors import (
 )
 from recursivemas.interventions import INTERVENTIONS, Applied, Intervention, Replay, Zero
 from recursivemas.links import DEFAULT_DESIGN, RecursiveLink
-from recursivemas.models import LanguageModel, load_models
+from recursivemas.models import LanguageModel, load_models, options_by_role
 from recursivemas.patterns import Edge, Pattern
 from recursivemas.prompts import PromptSet
-from recursivemas.recursion import Plan, PlayedTurn, Recursion, Sent, count_reply, sampling_key
+from recursivemas.publishing import CARD, model_card, push
+from recursivemas.recursion import TOOLS_AFTER, Plan, PlayedTurn, Recursion, Sent, count_reply, sampling_key
 from recursivemas.release.reading import read_release
 from recursivemas.release.writing import write_release
+from recursivemas.tools import Tool, Toolbox, ToolLimits, as_toolbox
 from recursivemas.trace import LEVELS, Meter, Trace, TracedMessage, Usage, check_trace_dir, save_traces
 
-LATENT_SOURCES = ("rollout", "teacher")
 LONG_QUESTIONS = ("refuse", "truncate")
 
+Tools = Sequence[Tool | str] | Tool | str | Toolbox
 Progress = Callable[[int, int], None]
 Intervene = Callable[[Message, str, int], Message]
 
@@ -78,6 +80,8 @@ class Result:
     trace: Trace
     finished: bool = True
     """Whether the answer ended by itself; otherwise it was cut at `max_new_tokens`."""
+    samples: tuple[str, ...] = ()
+    """Where several answers were sampled (`num_samples`): all of them, the first of which is `text`."""
     cut_tokens: int = 0
     """Tokens that were cut off the beginning of a question too long for a context, where that was asked for."""
 
@@ -219,24 +223,29 @@ class RecursiveSystem:
         *,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> "RecursiveSystem":
         """Load a bundled system (`"ward"`), a directory, or a Hugging Face repository.
 
-        Raises `CheckpointError` naming the part that is missing, corrupt, or does not fit.
+        `options` gives agents settings of their own, by role, or `*` for all: device, dtype, device_map, quantization,
+        attn_implementation. Raises `CheckpointError` naming the part that is missing, corrupt, or does not fit.
         """
         directory = find_system(name_or_path)
         manifest = read_manifest(directory)
-        models: dict[AgentRecord, LanguageModel] = {}
+        chosen = options_by_role(options or {}, manifest.agents)
+        models: dict[str, LanguageModel] = {}
+        keys = {role: repr((record, sorted(chosen[role].items()))) for role, record in manifest.agents.items()}
         for role, record in manifest.agents.items():
-            if record not in models:
-                models[record] = load_agent_model(directory, role, record, dtype=dtype, device=device)
+            if keys[role] not in models:
+                settings = {"dtype": dtype, "device": device, **chosen[role]}
+                models[keys[role]] = load_agent_model(directory, role, record, **settings)
         links = {
             name: read_link(inside(directory, saved.folder), saved.sha256) for name, saved in manifest.links.items()
         }
         for role in manifest.agents:
             if role not in links:
                 raise CheckpointError(f"{directory}: the role '{role}' has no inner link")
-        agents = {role: Agent(role, models[record], links.pop(role)) for role, record in manifest.agents.items()}
+        agents = {role: Agent(role, models[keys[role]], links.pop(role)) for role in manifest.agents}
         try:
             system = cls(
                 agents, links, manifest.pattern, manifest.prompts, manifest.settings, training=manifest.training
@@ -335,12 +344,35 @@ class RecursiveSystem:
                 training=self.training,
             )
             write_manifest(draft, manifest)
+            if "stages" in self.training:
+                (draft / CARD).write_text(model_card(draft, manifest), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        reports: Sequence[Mapping[str, Any]] = (),
+        token: str | None = None,
+        dtype: str | None = None,
+    ) -> str:
+        """Save the system and put it on the Hugging Face hub as `name`, with its model card; return the address.
+
+        `reports` are those of evaluations, for the card (see publishing.py). Raises `ConfigError` without a token, and
+        `OutputError`.
+        """
+        with TemporaryDirectory() as place:
+            self.save_pretrained(Path(place) / "system", dtype=dtype)
+            return push(Path(place) / "system", name, private=private, reports=reports, token=token)
 
     # Other systems out of this one
 
-    def solo(self) -> "RecursiveSystem":
-        """The answering role alone, with its `solo` prompt: the control every system is compared with."""
-        pattern = self.pattern.alone()
+    def solo(self, role: str | None = None) -> "RecursiveSystem":
+        """The answering role alone, with its `solo` prompt: the control every system is compared with.
+
+        Or another role alone, with its own. Raises `PatternError` if there is no such role, or no such prompt.
+        """
+        pattern = self.pattern.alone(role)
         agents = {pattern.answers: self.agents[pattern.answers]}
         settings = self.settings.model_copy(update={"channel": "none"})
         return RecursiveSystem(
@@ -427,6 +459,10 @@ class RecursiveSystem:
         keys: Sequence[str] | None = None,
         batch_size: int = 64,
         seed: int = 0,
+        num_samples: int = 1,
+        tools: Tools | None = None,
+        tools_after: str = "last",
+        tool_limits: ToolLimits | None = None,
         progress: Progress | None = None,
         on_long_question: str | None = None,
     ) -> Any:
@@ -434,8 +470,11 @@ class RecursiveSystem:
 
         `channel` is one name for all edges, or one for each (`*` for all others); `variant` a wording of the prompts;
         `instructions` go where the prompts say `{instructions}`. `trace` is off, summary or full (True means full);
-        with `trace_dir` tensors go to disk batch by batch. `intervene` is shuffled, zero, or a function (see
-        interventions.py); `seed` orders what is shuffled. `keys` name the questions for sampling (default: their text).
+        with `trace_dir` tensors go to disk batch by batch. `intervene` is shuffled, shuffled:ROLE, zero, or a function
+        (see interventions.py); `seed` orders what is shuffled. `keys` name the questions for sampling (default: text).
+        `num_samples` answers are sampled from the same latents, which are thought once; the first is what would be
+        sampled alone. `tools` are what the answering role can call while it writes (see tools/), within `tool_limits`:
+        in its answer (`tools_after="last"`), or in `every` round.
         A batch that does not fit into the memory of a GPU is halved. A question that does not fit into a context is
         refused, or with `on_long_question="truncate"` cut on its left (see context.py). Raises `InputError`,
         `ConfigError` or `NumericsError`.
@@ -443,15 +482,20 @@ class RecursiveSystem:
         several = as_questions(questions)
         level = _trace_level(trace)
         plan = self._plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
+        plan = self._equipped(plan, tools, tools_after, tool_limits)
         names = list(keys) if keys is not None else several
         if len(names) != len(several):
             raise InputError(f"{len(names)} keys were given for {len(several)} questions; give one for each")
         check_whole("batch_size", batch_size, 1, 1_000_000)
+        check_whole("num_samples", num_samples, 1, 1_000_000)
+        if num_samples > 1 and plan.sampling.temperature == 0:
+            raise ConfigError(f"{num_samples} answers at temperature 0 would all be the same; give a temperature")
         asked, cut = self._cut(several, plan, on_long_question)
         order, plan_of = self._intervened(plan, intervene, asked, names, seed)
 
         def answer(rows: list[int]) -> list[Result]:
-            done = self._answer([asked[row] for row in rows], [names[row] for row in rows], plan_of(rows), level)
+            some = [asked[row] for row in rows], [names[row] for row in rows]
+            done = self._answer(*some, plan_of(rows), level, num_samples)
             return [_mark_cut(result, several[row], cut[row]) for row, result in zip(rows, done, strict=True)]
 
         place = Path(trace_dir) if trace_dir is not None else None
@@ -478,6 +522,9 @@ class RecursiveSystem:
         sampling: SamplingParams | None = None,
         variant: str | None = None,
         instructions: str = "",
+        tools: Tools | None = None,
+        tools_after: str = "last",
+        tool_limits: ToolLimits | None = None,
         on_long_question: str | None = None,
     ) -> Iterator[PlayedTurn | TextDelta | Result]:
         """Answer one question, telling what happens: each turn, pieces of the answer, then the `Result`.
@@ -486,6 +533,7 @@ class RecursiveSystem:
         """
         [question] = as_questions([question])
         plan = self._plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
+        plan = self._equipped(plan, tools, tools_after, tool_limits)
         meter = Meter(1, self._answering_model.device)
         trace = self._new_trace(question, question, plan, "summary")
         asked, [cut] = self._cut([question], plan, on_long_question)
@@ -502,21 +550,27 @@ class RecursiveSystem:
                 continue
             tokens: list[int] = []
             told = ""
-            steps = played.agent.speak_steps(played.reading, plan.sampling, [sampling_key(question, played.turn)])
+            name = sampling_key(question, played.turn)
+            session = self._recursion.tool_session(played.turn, asked, plan)
+            steps = played.agent.speak_steps(played.reading, plan.sampling, [name], session)
             while True:
                 with torch.no_grad(), meter.phase(played.turn.round, played.turn.role, "decode"):
                     taken = next(steps, None)
                 if taken is None:
                     break
-                tokens.append(taken[0][1])
-                text = told_so_far(make_reply(played.agent.model, tokens, plan.sampling), plan.sampling)
+                tokens += [token for _, token in taken]
+                calls = session.calls(0) if session is not None else ()
+                text = told_so_far(make_reply(played.agent.model, tokens, plan.sampling, calls), plan.sampling)
                 if len(text) > len(told):
                     yield TextDelta(text[len(told) :])
                     told = text
-            reply = make_reply(played.agent.model, tokens, plan.sampling)
+            reply = make_reply(
+                played.agent.model, tokens, plan.sampling, session.calls(0) if session is not None else ()
+            )
             if len(reply.text) > len(told):
                 yield TextDelta(reply.text[len(told) :])
             count_reply(meter, played.turn, [reply])
+            _record_calls([trace], played, [reply])
             trace.answer = reply.text
             yield _mark_cut(Result(reply.text, meter.usages()[0], trace, reply.finished), question, cut)
 
@@ -528,6 +582,7 @@ class RecursiveSystem:
         num_latent_steps: int | None = None,
         channel: str | Mapping[str, str] = "latent",
         latent_source: str = "rollout",
+        targets: Mapping[str, Sequence[str]] | None = None,
         answer_rounds: Sequence[int] = (),
         variant: str | None = None,
         instructions: str = "",
@@ -539,9 +594,12 @@ class RecursiveSystem:
         """The same loop with gradients (eq. 2): play it turn by turn, for the caller to take losses from.
 
         Yields every turn; a turn that speaks has a `reading` from which `agent.loss(reading, answers)` is the
-        cross-entropy of eq. 6. `answer_rounds` asks for such a turn in earlier rounds too. `latent_source` is rollout,
-        as in a run, or teacher: the states from which the agents would write their text. Text before a prompt's first
+        cross-entropy of eq. 6. `answer_rounds` asks for such a turn in earlier rounds too. Text before a prompt's first
         slot is read without gradient; everything after it, and every cache, carries it. `keys` name the questions.
+
+        `latent_source` is rollout, as in a run, or teacher: the states from which the agents would write their text; or
+        targets: the states at the first `num_latent_steps` words of the text that a role is given in `targets`, one for
+        each question, as the authors' trainer makes them. A role that is given none takes what it would write itself.
 
         `judge` takes the loss of a turn that speaks, which is then its `loss`. With `recompute` the backward pass
         computes each turn again when it comes to it, its loss too, and holds what it needs of one turn at a time: same
@@ -553,11 +611,19 @@ class RecursiveSystem:
             check_whole("a round of answer_rounds", round, 1, plan.num_rounds)
         if latent_source not in LATENT_SOURCES:
             raise ConfigError(unknown_name("latent source", latent_source, LATENT_SOURCES))
+        if targets and latent_source != "targets":
+            raise ConfigError(f"targets are read with latent_source='targets' only, and it is '{latent_source}'")
+        for role, texts in (targets or {}).items():
+            if role not in self.agents:
+                raise ConfigError("targets: " + unknown_name("role", role, self.agents))
+            if isinstance(texts, str) or len(texts) != len(several) or not all(texts):
+                raise InputError(f"targets of the {role}: give a text that is not empty for each question")
         plan = replace(
             plan,
             answer_rounds=tuple(answer_rounds),
             intervene=as_intervention(intervene),
-            in_words=latent_source == "teacher",
+            latent_source=latent_source,
+            targets=dict(targets or {}),
             judge=judge,
             recompute=recompute,
         )
@@ -566,8 +632,10 @@ class RecursiveSystem:
 
     # Batches
 
-    def _answer(self, questions: list[str], keys: list[str], plan: Plan, level: str) -> list[Result]:
-        """Play one batch and speak."""
+    def _answer(
+        self, questions: list[str], keys: list[str], plan: Plan, level: str, num_samples: int = 1
+    ) -> list[Result]:
+        """Play one batch and speak, so many times from where the answering role has read."""
         meter = Meter(len(questions), self._answering_model.device)
         traces = [self._new_trace(*pair, plan, level) for pair in zip(questions, keys, strict=True)]
         replies: list[Reply] = []
@@ -576,13 +644,22 @@ class RecursiveSystem:
                 self._record(traces, played)
                 if played.turn.speaks:
                     with meter.phase(played.turn.round, played.turn.role, "decode"):
-                        names = [sampling_key(key, played.turn) for key in keys]
-                        replies = played.agent.speak(played.reading, plan.sampling, names)
+                        names = [sampling_key(key, played.turn, index) for key in keys for index in range(num_samples)]
+                        reading = played.reading
+                        asked = [question for question in questions for _ in range(num_samples)]
+                        session = self._recursion.tool_session(played.turn, asked, plan)
+                        if num_samples > 1:
+                            rows = torch.arange(len(keys), device=reading.state.device)
+                            reading = reading.select(rows.repeat_interleave(num_samples))
+                        replies = played.agent.speak(reading, plan.sampling, names, session)
                     count_reply(meter, played.turn, replies)
+                    _record_calls(traces, played, replies[::num_samples])
         results = []
-        for reply, usage, trace in zip(replies, meter.usages(), traces, strict=True):
-            trace.answer = reply.text
-            results.append(Result(reply.text, usage, trace, reply.finished))
+        for row, (usage, trace) in enumerate(zip(meter.usages(), traces, strict=True)):
+            first, *others = replies[row * num_samples : (row + 1) * num_samples]
+            trace.answer = first.text
+            samples = (first.text, *(each.text for each in others)) if others else ()
+            results.append(Result(first.text, usage, trace, first.finished, samples))
         return results
 
     def _intervened(
@@ -600,9 +677,13 @@ class RecursiveSystem:
         if isinstance(intervene, Replay) and intervene.batch_sizes - {len(questions)}:
             recorded = max(intervene.batch_sizes)
             raise InputError(f"messages of {recorded} questions were recorded; give just these, not {len(questions)}")
-        if intervene != "shuffled":
+        kind, _, sender = intervene.partition(":") if isinstance(intervene, str) else ("", "", "")
+        if kind != "shuffled":
             applied = as_intervention(intervene)
             return order, lambda rows: replace(plan, intervene=applied.for_rows(rows))
+        if sender and not any(edge.source == sender for edge in self.pattern.graph):
+            senders = dict.fromkeys(edge.source for edge in self.pattern.graph)
+            raise ConfigError(f"{intervene}: {unknown_name('sender', sender, senders)}")
         if len(questions) < 2:
             raise InputError("shuffled hands each question the message of another one: give at least two questions")
         order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -611,7 +692,8 @@ class RecursiveSystem:
         def of_the_next(rows: list[int]) -> Plan:
             donors = [following[row] for row in rows]
             sent = self._messages([questions[row] for row in donors], [keys[row] for row in donors], plan)
-            return replace(plan, intervene=Replay(sent))
+            chosen = {place: each for place, each in sent.items() if sender in ("", Edge.parse(place[0]).source)}
+            return replace(plan, intervene=Replay(chosen))
 
         return order, of_the_next
 
@@ -666,6 +748,13 @@ class RecursiveSystem:
             instructions or "",
         )
 
+    def _equipped(self, plan: Plan, tools: Tools | None, tools_after: str, tool_limits: ToolLimits | None) -> Plan:
+        """The plan with the tools of a run."""
+        if tools_after not in TOOLS_AFTER:
+            raise ConfigError(unknown_name("time for tools", tools_after, TOOLS_AFTER))
+        toolbox = as_toolbox(tools, tool_limits)
+        return replace(plan, tools=toolbox, tools_after=tools_after) if toolbox.tools else plan
+
     @property
     def _edge_names(self) -> list[str]:
         return [str(edge) for edge in self.pattern.graph]
@@ -682,6 +771,7 @@ class RecursiveSystem:
             "sampling": plan.sampling.__dict__,
             "key": key,
             "intervention": type(plan.intervene).__name__,
+            **({} if plan.tools is None else {"tools": list(plan.tools.tools), "tools_after": plan.tools_after}),
             "library_version": library_version(),
         }
         return Trace(level, question, settings)
@@ -690,6 +780,7 @@ class RecursiveSystem:
         """Put what arrived in this turn into the traces, and before it what was at hand and is read now."""
         if traces[0].level == "off":
             return
+        _record_calls(traces, played, played.replies)
         arrived = {(edge, played.turn.round): message for edge, message in played.messages.items()}
         for (edge, round), message in {**played.known, **arrived}.items():
             source, target = Edge.parse(edge)
@@ -720,6 +811,14 @@ class RecursiveSystem:
     def __repr__(self) -> str:
         models = ", ".join(f"{role}: {agent.model.config.model_type}" for role, agent in self.agents.items())
         return f"RecursiveSystem({self.settings.name!r}, pattern={self.pattern.name!r}, {models})"
+
+
+def _record_calls(traces: Sequence[Trace], played: PlayedTurn, replies: Sequence[Reply]) -> None:
+    """Put the tools that were called in some replies into the traces."""
+    turn = played.turn
+    for trace, reply in zip(traces, replies, strict=False):  # a role that wrote nothing has no replies
+        if trace.level != "off":
+            trace.calls += [replace(call, round=turn.round, role=turn.role) for call in reply.calls]
 
 
 def _mark_cut(result: Result, question: str, cut_tokens: int) -> Result:

@@ -6,6 +6,8 @@ What is counted, for each question, by agent and round:
     latent_steps       latent thoughts; each is a forward pass of one position, like a token
     generated_tokens   tokens decoded as text, by whoever decoded them, end-of-reply tokens included
     retry_tokens       tokens decoded again because an answer could not be used
+    tool_calls         calls of tools that were answered, errors and refusals included
+    tool_tokens        tokens of their results, which are read and not generated
     positions          positions that went through a model; a position that is read again counts again, pads do not
     seconds            by phase: prefill, latent, link, decode; synchronised with the device
 
@@ -37,7 +39,15 @@ from torch import Tensor
 from recursivemas.errors import CheckpointError, ConfigError, InputError, OutputError, unknown_name
 
 PHASES = ("prefill", "latent", "link", "decode")
-COUNTS = ("prompt_tokens", "latent_steps", "generated_tokens", "retry_tokens", "positions")
+COUNTS = (
+    "prompt_tokens",
+    "latent_steps",
+    "generated_tokens",
+    "retry_tokens",
+    "tool_calls",
+    "tool_tokens",
+    "positions",
+)
 LEVELS = ("off", "summary", "full")
 
 
@@ -51,6 +61,8 @@ class TurnUsage:
     latent_steps: int = 0
     generated_tokens: int = 0
     retry_tokens: int = 0
+    tool_calls: int = 0
+    tool_tokens: int = 0
     positions: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
@@ -110,7 +122,7 @@ class Meter:
     """Collects the usage of a batch while it runs."""
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._device = device
         self._counts: dict[tuple[int, str], dict[str, list[int]]] = {}
         self._seconds: dict[tuple[int, str], dict[str, float]] = defaultdict(lambda: dict.fromkeys(PHASES, 0.0))
@@ -119,9 +131,9 @@ class Meter:
 
     def count(self, round: int, role: str, **counts: Sequence[int] | int) -> None:
         """Add counts to a turn; a number stands for every question, a list has one for each."""
-        turn = self._counts.setdefault((round, role), {name: [0] * self._batch_size for name in COUNTS})
+        turn = self._counts.setdefault((round, role), {name: [0] * self.batch_size for name in COUNTS})
         for name, value in counts.items():
-            values = [value] * self._batch_size if isinstance(value, int) else value
+            values = [value] * self.batch_size if isinstance(value, int) else value
             turn[name] = [old + new for old, new in zip(turn[name], values, strict=True)]
 
     @contextmanager
@@ -147,15 +159,15 @@ class Meter:
                         role,
                         **{name: values[row] for name, values in counts.items()},
                         seconds={
-                            phase: seconds / self._batch_size for phase, seconds in self._seconds[round, role].items()
+                            phase: seconds / self.batch_size for phase, seconds in self._seconds[round, role].items()
                         },
                     )
                     for (round, role), counts in self._counts.items()
                 ],
-                self._batch_size,
+                self.batch_size,
                 memory,
             )
-            for row in range(self._batch_size)
+            for row in range(self.batch_size)
         ]
 
     def _now(self) -> float:
@@ -192,6 +204,27 @@ class TracedMessage:
         return self.latents
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """One call of a tool, as it stands in a text that was written with tools."""
+
+    tool: str
+    argument: str
+    """What stood between its tags."""
+    result: str
+    """What was read in answer, without the tags around it."""
+    position: int
+    """Tokens of the text before the result, the call included."""
+    num_tokens: int
+    """Tokens of the result, the tags around it included."""
+    seconds: float = 0.0
+    """By the clock, from when the tool began."""
+    error: str | None = None
+    """Why there is no result: the tool failed, or was not called; the text is told so too."""
+    round: int = 0
+    role: str = ""
+
+
 @dataclass
 class Trace:
     """What happened to one question: settings, every message in order, the answer."""
@@ -201,6 +234,8 @@ class Trace:
     settings: dict[str, Any]
     messages: list[TracedMessage] = field(default_factory=list)
     answer: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    """Every call of a tool, in order."""
 
     def find(self, round: int, source: str, target: str) -> TracedMessage:
         """The message of one edge and round. Raises `InputError` if the run had none."""
@@ -242,7 +277,7 @@ def save_traces(directory: Path, traces: Sequence[Trace], *, batch: int = 0) -> 
     tensors: dict[str, Tensor] = {}
     records = []
     for index, trace in enumerate(traces):
-        record = {**trace.__dict__, "messages": []}
+        record = {**trace.__dict__, "messages": [], "calls": [asdict(call) for call in trace.calls]}
         for message in trace.messages:
             latents = message.tensor()
             key = f"{index}/{message.round}/{message.source}->{message.target}"
@@ -291,7 +326,8 @@ def _read_batch(file: Path) -> list[Trace]:
         traces = []
         for record in records:
             messages = [_read_message(entry, reader(entry.pop("tensor"))) for entry in record.pop("messages")]
-            traces.append(Trace(**record, messages=messages))
+            calls = [ToolCall(**entry) for entry in record.pop("calls", [])]
+            traces.append(Trace(**record, messages=messages, calls=calls))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a trace that this version can read: {error!r}") from None
     return traces

@@ -68,13 +68,14 @@ def write_jsonl(file: Path, rows: list[dict]) -> Path:
 
 def test_every_verb_teaches_by_an_example(invoke: Invoke) -> None:
     assert invoke("--help").exit_code == 0
-    for verb in ("demo", "run", "train", "eval", "import", "export", "world"):
+    for verb in ("demo", "run", "train", "eval", "tune", "import", "export", "push", "world"):
         shown = invoke(verb, "--help").stdout
         assert "Example:" in shown
         assert f"recursivemas {verb}" in shown
     for verb in ("check", "show"):
         assert f"recursivemas pattern {verb}" in invoke("pattern", verb, "--help").stdout
     assert "recursivemas inspect links" in invoke("inspect", "links", "--help").stdout
+    assert "recursivemas data build" in invoke("data", "build", "--help").stdout
 
 
 def test_options_are_frozen() -> None:
@@ -100,7 +101,8 @@ def test_options_are_frozen() -> None:
                 "as_json",
             ]
         ),
-        "demo": ["as_json", "batch_size", "device", "dtype", "n", "output", "seed"],
+        "data build": ["as_json", "config", "device", "dry_run", "seed", "set_"],
+        "demo": ["as_json", "batch_size", "device", "dtype", "n", "output", "seed", "system"],
         "run": sorted(
             [
                 "system",
@@ -113,7 +115,13 @@ def test_options_are_frozen() -> None:
                 "temperature",
                 "top_p",
                 "max_new_tokens",
+                "samples",
                 "stop",
+                "tools",
+                "search_folder",
+                "tools_after",
+                "max_tool_calls",
+                "run_code_without_sandbox",
                 "trace",
                 "replay",
                 "until",
@@ -124,7 +132,30 @@ def test_options_are_frozen() -> None:
                 "as_json",
             ]
         ),
-        "train": ["as_json", "device", "dry_run", "recipe", "seed", "set_", "stage"],
+        "tune": sorted(
+            [
+                "system",
+                "task",
+                "data",
+                "rounds",
+                "latent_steps",
+                "max_ms",
+                "max_tokens",
+                "n",
+                "question_column",
+                "target_column",
+                "scorer",
+                "instructions",
+                "output",
+                "write",
+                "batch_size",
+                "seed",
+                "device",
+                "dtype",
+                "as_json",
+            ]
+        ),
+        "train": ["as_json", "device", "dry_run", "method", "price_per_hour", "recipe", "seed", "set_", "stage"],
         "eval": sorted(
             [
                 "system",
@@ -170,6 +201,7 @@ def test_options_are_frozen() -> None:
         "pattern check": ["as_json", "pattern", "prompts"],
         "pattern show": ["as_json", "pattern", "svg"],
         "export": sorted(["system", "output", "task", "link_dtype", "dtype", "as_json"]),
+        "push": ["as_json", "private", "results", "system", "to"],
         "world": ["action", "as_json", "n", "name", "output", "seed", "split", "workers"],
     }
 
@@ -432,7 +464,7 @@ def test_training_in_stages_equals_training_at_once(invoke: Invoke, tmp_path: Pa
 # Agents of one's own, questions of one's own, and what each role should write about them.
 OWN = """
 agents: {planner: models/planner, critic: models/critic, solver: models/solver}
-questions: {train: train.jsonl, validation: validation.jsonl}
+data: {outer: train.jsonl, validation: validation.jsonl}
 output: runs/own
 num_rounds: 2
 num_latent_steps: 3
@@ -469,6 +501,7 @@ def test_new_agents_are_trained_on_files(invoke: Invoke, own: Path, dtype: str) 
         *(f"inner {role}" for role in system.agents),
         *(f"alignment {e}" for e in system.links),
         "outer",
+        "data",
     }
     assert report["stages"]["outer"]["steps"] == 3
     assert {link.w1.weight.dtype for link in system.all_links.values()} == {torch.float32}
@@ -486,9 +519,7 @@ def test_a_role_without_text_is_named(invoke: Invoke, own: Path) -> None:
     assert trained.exit_code == 0, trained.output
     assert "eval runs/outer/system --data validation.jsonl" in trained.stderr
     write_jsonl(own / "train.jsonl", [{"question": "Why?", "answer": "So.", "planner": 3, "critic": "x"}])
-    assert_refused(
-        invoke("train", "own.yaml", "--set", "output=runs/other"), "sample 1", "column 'planner'", "not text"
-    )
+    assert_refused(invoke("train", "own.yaml", "--set", "output=runs/other"), "line 1", "column 'planner'", "not text")
 
 
 def test_a_dry_run_says_what_training_would_take(invoke: Invoke, own: Path) -> None:
@@ -511,8 +542,7 @@ def test_recipes_of_the_paper_need_neither_network_nor_weights(invoke: Invoke, n
     assert all(len(line) <= 80 for line in shown.stdout.splitlines() if "data sets" not in line)
     plain = json.loads(invoke("train", recipe, "--dry-run", "--json").stdout)
     assert plain["stages"] == ["inner", "outer"]
-    assert plain["data"]["outer"].startswith("RecursiveMAS/")
-    assert_refused(invoke("train", recipe), "data sets", "--dry-run", "questions")
+    assert plain["data"]["outer"]["path"].startswith("RecursiveMAS/")
 
 
 def test_the_outer_loop_says_what_it_did(invoke: Invoke, tmp_path: Path) -> None:
@@ -548,7 +578,7 @@ def test_links_are_trained_on_questions_of_the_users_own(invoke: Invoke, tmp_pat
     write_jsonl(tmp_path / "train.jsonl", rows[:20])
     write_jsonl(tmp_path / "validation.jsonl", rows[20:])
     write_jsonl(tmp_path / "test.jsonl", rows[5:6])
-    files = ["--set", "questions.train=train.jsonl", "--set", "questions.validation=validation.jsonl"]
+    files = ["--set", "data={outer: train.jsonl, validation: validation.jsonl, score: exact}"]
     result = invoke(*OUTER, *files, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)["stages"]["outer"]
@@ -556,11 +586,11 @@ def test_links_are_trained_on_questions_of_the_users_own(invoke: Invoke, tmp_pat
     # Scored by exact match: the share of eight questions.
     assert all((8 * score).is_integer() for score in report["validation"].values())
     other = ["--set", "output=runs/other"]
-    overlap = invoke(*OUTER, *files, *other, "--set", "questions.test=test.jsonl")
+    overlap = invoke(*OUTER, *files, *other, "--set", "data.test=test.jsonl")
     assert_refused(overlap, "1 of 1 test questions are train questions", "test-1", "5 goats")
-    overlap = invoke(*OUTER, *files, *other, "--set", "questions.validation=train.jsonl")
+    overlap = invoke(*OUTER, *files, *other, "--set", "data.validation=train.jsonl")
     assert_refused(overlap, "8 of 8 validation questions are train questions", "take them out")
-    missing = invoke(*OUTER, *files, *other, "--set", "questions.train=missing.jsonl")
+    missing = invoke(*OUTER, *files, *other, "--set", "data.outer=missing.jsonl")
     assert_refused(missing, "there is no file missing.jsonl")
     posterior = invoke(*OUTER, *files, *other, "--set", "outer.distillation=0.5")
     assert_refused(posterior, "distillation needs a posterior", "train-1")
@@ -640,7 +670,11 @@ def test_a_full_disk_at_the_end_is_one_clear_line(
         (["outer.lr_ratios.planner=-2"], ["outer.lr_ratios.planner", "greater than or equal to 0"]),
         (["outer.distillation=2"], ["outer.distillation", "less than or equal to 1"]),
         (["num_latent_steps=0"], ["num_latent_steps of 1 or more"]),
-        (["questions.train=train.jsonl"], ["'questions.validation' is missing"]),
+        (["data={validation: train.jsonl}"], ["'data.outer' is missing"]),
+        (["data={outer: train.jsonl, oter: x}"], ["unknown setting 'data.oter'", "'data.outer'"]),
+        (["data={outer: {path: train.jsonl, splt: x}}"], ["unknown setting 'data.outer.splt'", "'data.outer.split'"]),
+        (["data={outer: train.jsonl, on_long: cut}"], ["data.on_long", "'truncate'"]),
+        (["data=train.jsnl"], ["train.jsnl", "a file of one's own is named with its ending"]),
     ],
 )
 def test_a_bad_setting_is_one_clear_line(invoke: Invoke, tmp_path: Path, changes: list[str], words: list[str]) -> None:
@@ -670,7 +704,7 @@ def command(*arguments: object) -> list[str]:
 STOPPED = {
     "train": (("train", "ward.yaml", "--stage", "inner"), "runs/test/metrics.jsonl"),
     "eval": (("eval", "SAVED", "--data", "mine.jsonl", "--out", "out", "--batch-size", "2"), "out/answers.jsonl"),
-    "demo": (("demo", "-n", "2000", "--batch-size", "10"), "runs/demo/answers.jsonl"),
+    "demo": (("demo", "-n", "2000", "--batch-size", "10"), "runs/demo/answers-ward.jsonl"),
     "world": (("world", "ward", "build", "--out", "world"), "world/data/turns-solver.jsonl"),
     "run": (("run", "SAVED", *["Why?"] * 3000, "--batch-size", "1", "--trace", "trace"), "trace/batch-00000.json"),
 }
@@ -777,7 +811,7 @@ def test_demo_shows_latents_beside_text_and_controls(invoke: Invoke, tmp_path: P
     result = invoke("demo", "-n", "40", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "runs" / "demo" / "report.json").read_text())
-    assert json.loads(result.stdout) == report
+    assert json.loads(result.stdout)["ward"] == report
     assert report["n"] == 40
     assert list(report["optimum"]) == ["1", "2", "3"]
     arms = {(arm["arm"], arm["variant"], arm["rounds"]) for arm in report["arms"]}
@@ -787,5 +821,19 @@ def test_demo_shows_latents_beside_text_and_controls(invoke: Invoke, tmp_path: P
     assert arms == latent | text | controls
     accuracy = {(arm["arm"], arm["rounds"]): arm["accuracy"] for arm in report["arms"] if arm["arm"] != "text"}
     assert accuracy["latent", 3] > max(accuracy[name, 3] for name in ("none", "shuffled", "random-link")) + 0.2
+    panel = json.loads((tmp_path / "runs" / "demo" / "panel.json").read_text())
+    assert json.loads(result.stdout)["panel"] == panel
+    latent = next(arm for arm in panel["arms"] if arm["arm"] == "latent")
+    assert (
+        latent["accuracy"] > max(arm["accuracy"] for arm in panel["arms"] if arm["arm"] in ("none", "shuffled")) + 0.3
+    )
     page = (tmp_path / "runs" / "demo" / "report.html").read_text()
     assert "planner" in page
+    assert "summarizer" in page
+    assert "The numbers are in report.json and panel.json" in page
+
+
+def test_demo_shows_one_system_alone(invoke: Invoke, tmp_path: Path) -> None:
+    assert invoke("demo", "--system", "relay", "-n", "10").exit_code == 0
+    assert json.loads((tmp_path / "runs" / "demo" / "report.json").read_text())["system"] == "relay"
+    assert_refused(invoke("demo", "--system", "wrad"), "did you mean 'ward'")

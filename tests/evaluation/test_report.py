@@ -65,6 +65,16 @@ def grouped_log(full_log: EvalLog) -> EvalLog:
     return full_log
 
 
+def test_what_a_task_measures_has_columns(full_log: EvalLog, tmp_path: Path) -> None:
+    assert "letters" not in render(report.table(full_log)) + write_page(full_log, tmp_path)
+    for answers in full_log.answers.values():
+        answers[:] = [replace(each, measures={"letters": 4.25}) for each in answers]
+    assert "letters" in render(report.table(full_log))
+    page = write_page(full_log, tmp_path)
+    assert "letters" in page
+    assert "4.250" in page
+
+
 def test_groups_have_a_table_in_the_terminal_and_on_the_page(grouped_log: EvalLog, tmp_path: Path) -> None:
     shown = render(report.group_table(grouped_log))
     assert "accuracy by kind" in shown
@@ -83,7 +93,8 @@ def test_without_groups_there_is_no_such_table(full_log: EvalLog, tmp_path: Path
 
 
 def write_page(log: EvalLog, directory: Path, story: Story | None = None, **words: str) -> str:
-    file = report.write_html(log, story, directory, **{"title": "A title", **words})
+    chapter = report.Chapter(log, story, **{"title": "A title", **words})
+    file = report.write_html([chapter], directory)
     assert file == directory / "report.html"
     return file.read_text(encoding="utf-8")
 
@@ -145,7 +156,9 @@ def test_json_knows_no_error_of_one_question(tmp_path: Path) -> None:
     assert json.loads(text)["arms"][0]["stderr"] is None
 
 
-@pytest.mark.parametrize("write", [report.write_json, lambda log, place: report.write_html(log, None, place, title="")])
+@pytest.mark.parametrize(
+    "write", [report.write_json, lambda log, place: report.write_html([report.Chapter(log, None, "")], place)]
+)
 def test_a_place_that_cannot_be_written_to_is_one_line(write: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(OutputError, match=r"cannot write .*report\.\w+: .*directory") as caught:

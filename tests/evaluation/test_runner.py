@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recursivemas.decoding import SamplingParams
-from recursivemas.errors import ConfigError, InputError, OutputError
+from recursivemas.errors import ConfigError, InputError, OutputError, PatternError
 from recursivemas.evaluation.runner import Arm, EvalLog, evaluate, plan_arms
 from recursivemas.evaluation.scorers import Score
 from recursivemas.evaluation.task import Sample, Task
@@ -103,6 +103,41 @@ def test_every_arm_answers_as_the_system_does(system: RecursiveSystem, task: Tas
             assert answer.score == min(len(result.text) / 20, 1.0)
             assert answer.generated_tokens == result.usage.generated_tokens
             assert answer.positions > 0
+
+
+def test_another_role_can_be_alone(system: RecursiveSystem, task: Task) -> None:
+    roles = {**system.prompts.roles, "critic": system.prompts.roles["critic"].model_copy(update={"solo": "{question}"})}
+    prompts = system.prompts.model_copy(update={"roles": roles})
+    system = RecursiveSystem(system.agents, system.links, system.pattern, prompts, system.settings)
+    log = evaluate(system, task, plan_arms(["latent", "solo:critic"], [1, 2], []), sampling=SAMPLING)
+    asked = [sample.question for sample in task.samples]
+    expected = system.solo("critic").run(asked, sampling=SAMPLING, instructions="Be brief.")
+    assert [answer.text for answer in log.answers[Arm("solo:critic", 1)]] == [result.text for result in expected]
+    assert [str(b) for _, b in log.pairs()] == ["solo:critic r=1"] * 2
+    assert expected != system.solo().run(asked, sampling=SAMPLING, instructions="Be brief.")
+    with pytest.raises(PatternError, match="did you mean 'critic'"):
+        system.solo("critik")
+    with pytest.raises(PatternError, match="no template for the planner"):
+        system.solo("planner")
+    with pytest.raises(ConfigError, match="unknown arm"):
+        plan_arms(["latent:critic"], [1], [])
+
+
+def test_what_a_task_measures_is_kept_with_answers_and_in_the_report(
+    system: RecursiveSystem, task: Task, tmp_path: Path
+) -> None:
+    task = replace(task, measures={"letters": lambda text, metadata: float(len(text))})
+    arms = plan_arms(["latent", "solo"], [1], [])
+    journal = tmp_path / "answers.jsonl"
+    log = evaluate(system, task, arms, sampling=SAMPLING, journal=journal)
+    again = evaluate(system, task, arms, sampling=SAMPLING, journal=journal)
+    assert again.to_dict() == log.to_dict()
+    for arm, found in zip(arms, log.to_dict()["arms"], strict=True):
+        lengths = [len(answer.text) for answer in log.answers[arm]]
+        assert found["measures"]["letters"]["mean"] == pytest.approx(sum(lengths) / len(lengths))
+        assert found["measures"]["letters"]["stderr"] > 0
+    with pytest.raises(OutputError, match="other settings"):
+        evaluate(system, replace(task, measures={}), arms, sampling=SAMPLING, journal=journal)
 
 
 def test_without_feedback_only_the_edges_that_lead_back_are_closed(system: RecursiveSystem, task: Task) -> None:
@@ -288,3 +323,90 @@ def test_a_journal_that_cannot_be_written_is_an_output_error(
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         evaluate(system, task, [Arm("none", 1)], sampling=SAMPLING, journal=tmp_path / "file" / "journal.jsonl")
+
+
+# Equal time
+
+
+def test_votes_are_what_the_answering_agent_alone_answers_most_often(task: Task, system: RecursiveSystem) -> None:
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=1, seed=2)
+    first = {sample.id: Score(1.0, "", "") for sample in task.samples}
+
+    def by_letter(text: str, target: str, metadata: Any) -> Score:
+        return Score(1.0, text[:1].strip() or None, "its first letter")
+
+    voting = replace(task, scorer=by_letter)
+    log = evaluate(system, voting, [Arm("vote:9", 1)], sampling=sampling)
+    solo = system.solo().run(
+        [sample.question for sample in task.samples],
+        num_rounds=1,
+        sampling=sampling,
+        instructions=task.instructions,
+        keys=list(first),
+        num_samples=9,
+    )
+    [answers] = log.answers.values()
+    several = 0
+    for answer, result in zip(answers, solo, strict=True):
+        letters = [text[:1].strip() for text in result.samples if text[:1].strip()]
+        assert answer.read in letters
+        assert letters.count(answer.read or "") == max(map(letters.count, letters))
+        assert answer.generated_tokens == result.usage.total("generated_tokens") >= 9
+        several += len(set(letters)) > 1
+    assert several > 0
+
+
+def test_how_many_votes_fit_into_the_time_of_latent_is_measured_once(
+    task: Task, system: RecursiveSystem, tmp_path: Path
+) -> None:
+    journal = tmp_path / "answers.jsonl"
+    arms = plan_arms(["latent", "vote"], [1, 2], [])
+    assert arms[-1] == Arm("vote", 1)
+    log = evaluate(system, task, arms, sampling=SAMPLING, journal=journal)
+    voted = list(log.answers)[-1]
+    assert voted.kind == "vote"
+    assert int(voted.argument) >= 2
+    assert ("latent r=2", str(voted)) in [(str(a), str(b)) for a, b in log.pairs()]
+    # Gone on with, it is the same number, whatever the clock says now.
+    assert list(evaluate(system, task, arms, sampling=SAMPLING, journal=journal).answers)[-1] == voted
+
+
+def test_votes_that_make_no_sense_are_refused(task: Task, system: RecursiveSystem) -> None:
+    for name in ("vote:1", "vote:many"):
+        with pytest.raises(ConfigError, match="2 or more"):
+            Arm(name, 1)
+    with pytest.raises(ConfigError, match="add latent, or say vote:8"):
+        evaluate(system, task, [Arm("vote", 1)], sampling=SAMPLING)
+
+
+def test_another_system_answers_as_it_is(task: Task, system: RecursiveSystem, tmp_path: Path) -> None:
+    other = system.with_random_links(7)
+    other.settings = other.settings.model_copy(update={"num_rounds": 3, "num_latent_steps": 1, "max_new_tokens": 2})
+    other.save_pretrained(tmp_path / "other")
+    log = evaluate(system, task, plan_arms(["latent", f"system:{tmp_path}/other"], [1], []), sampling=SAMPLING)
+    assert [arm.rounds for arm in log.answers] == [1, 3]
+    expected = other.run(
+        [sample.question for sample in task.samples],
+        sampling=SAMPLING,
+        instructions=task.instructions,
+        keys=[sample.id for sample in task.samples],
+    )
+    assert [answer.text for answer in list(log.answers.values())[1]] == [result.text for result in expected]
+    assert len(log.pairs()) == 1
+    with pytest.raises(ConfigError, match="system:DIR"):
+        Arm("system", 1)
+
+
+def test_the_best_of_what_is_as_fast_is_compared(task: Task, system: RecursiveSystem) -> None:
+    log = evaluate(system, task, plan_arms(["latent", "text", "solo", "none"], [1, 2], []), sampling=SAMPLING)
+    seconds = {"latent r=2": 1.0, "text r=1": 0.9, "text r=2": 1.2, "solo r=1": 0.1, "none r=2": 0.1}
+    scores = {"latent r=2": 0.5, "text r=1": 0.4, "text r=2": 0.9, "solo r=1": 0.2, "none r=2": 1.0}
+    for arm, answers in log.answers.items():
+        made = (seconds.get(str(arm), 1.0), scores.get(str(arm), 0.0))
+        log.answers[arm] = [replace(answer, seconds=made[0], score=made[1]) for answer in answers]
+    found = log.equal_time()
+    assert found is not None
+    assert (found["b"], found["rounds_of_b"], found["rounds"]) == ("text", 1, 2)
+    assert found["accuracy_difference"] == pytest.approx(0.1)
+    del log.answers[Arm("text", 1)], log.answers[Arm("solo", 1)]
+    assert log.equal_time() is None

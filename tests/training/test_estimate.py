@@ -34,7 +34,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str,
 
 
 def recipe_of(agents: dict[str, str], **settings: object) -> Recipe:
-    plain = {"agents": agents, "output": "runs/x", "questions": {"train": "a", "validation": "b"}, **settings}
+    plain = {"agents": agents, "output": "runs/x", "data": "a.jsonl", **settings}
     return parse(Recipe, plain, where="a recipe")
 
 
@@ -246,7 +246,7 @@ def test_everything_is_plain_data(directories: dict[str, str]) -> None:
 
 
 def test_data_sets_of_unknown_roles_are_refused() -> None:
-    with pytest.raises(PatternError, match="unknown role 'mth': did you mean 'math'"):
+    with pytest.raises(ConfigError, match="unknown role 'mth': did you mean 'math'"):
         estimate(read(PAPER / "mixture.yaml", "data.inner.mth=RecursiveMAS/Mixture-Math"))
 
 

@@ -1,14 +1,18 @@
-"""What a recipe will take, as tables and sentences for the terminal.
+"""What a recipe will take and what it will read, as tables and sentences for the terminal.
 
-Knows estimates; knows nothing of how they are made.
+Knows estimates and previews; knows nothing of how they are made.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
+from recursivemas.training.datasets import Counts
 from recursivemas.training.estimate import Estimate
+from recursivemas.training.preview import NUM_SAMPLES, Preview, RenderedSample
 from recursivemas.training.recipe import Recipe
 
 
@@ -80,9 +84,7 @@ def say(found: Estimate, recipe: Recipe) -> Iterator[str]:
     at_once = f"{together} of {outer.batch_size} questions at a time"
     yield f"outer loop: {rounds}, {found.num_latent_steps} latent steps, {at_once}"
     if recipe.data is not None:
-        inner = recipe.data.inner
-        sets = [inner] if isinstance(inner, str) else list(inner.values())
-        yield f"data sets: {', '.join(dict.fromkeys([*sets, recipe.data.outer]))}"
+        yield f"data sets: {', '.join(map(str, recipe.data.sources))}"
     yield f"disk: {gigabytes(found.disk)} GB; to download: {gigabytes(found.download)} GB"
     for role in found.too_long:
         yield f"the prompt of the {role}, with its thoughts or a reply, is longer than its model reads"
@@ -90,6 +92,66 @@ def say(found: Estimate, recipe: Recipe) -> Iterator[str]:
         yield "activations of all turns are kept: --set outer.recompute=true keeps those of one"
     if together > 1 and found.memory.outer > found.memory.agents:
         yield "fewer questions at a time (--set outer.micro_batch_size=1) take less memory, for the same result"
+
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def lengths_table(found: Preview) -> Table:
+    """How long the texts are, each with its histogram."""
+    numbers = ["median", "95%", "max", "too long"]
+    table = _table("tokens", ["role", "text"], numbers)
+    table.add_column("histogram", no_wrap=True)
+    last = max((bound for each in found.lengths for bound in each.histogram), default=0)
+    for each in found.lengths:
+        histogram = each.histogram
+        # Rounded up: what there is of, however little, is seen.
+        bars = "".join(_BARS[-(-8 * number // max(histogram.values()))] for number in histogram.values())
+        quantiles = (f"{number:,}" for number in (each.quantile(0.5), each.quantile(0.95), max(each.lengths)))
+        too_long = "" if each.room is None else f"{each.too_long:,} > {each.room:,}" if each.too_long else "none"
+        table.add_row(each.stage, each.role, each.text, *quantiles, too_long, bars)
+    table.caption = (
+        f"of up to {NUM_SAMPLES:,} samples. histogram: one bar each for up to 16, 32, ... {last:,} tokens.\n"
+        "outer: with latents in every slot. too long: more than the context, or data.max_length"
+    )
+    return table
+
+
+def say_preview(found: Preview) -> Iterator[str]:
+    """Numbers of questions, and what was left out."""
+    if found.questions:
+        yield "questions: " + ", ".join(f"{number:,} for {split}" for split, number in found.questions.items())
+    for name, counts in found.left_out.items():
+        yield f"{name}: {counts}"
+
+
+def say_counts(report: Mapping[str, Any]) -> Iterator[str]:
+    """Of a training's report on its data: what became of samples, where any were left out or cut."""
+    for name, counts in report.get("samples", {}).items():
+        if counts["empty"] or counts["too_long"] or counts["truncated"]:
+            yield f"{name}: {Counts(**counts)}"
+
+
+def sample_text(sample: RenderedSample) -> Text:
+    """A sample as its model reads it: slots in brackets, what a loss is taken from between » and «."""
+    latents = sum(piece.num_tokens for piece in sample.pieces if piece.kind == "latents")
+    first = sample.num_tokens - sample.num_supervised
+    supervised = f"supervised: {first + 1:,} to {sample.num_tokens:,}" if sample.num_supervised else "none supervised"
+    text = Text()
+    text.append(f"{sample.role}, stage {sample.stage}, round {sample.round}", style="bold")
+    text.append(f": {sample.num_tokens:,} positions" + f", {latents:,} of them latents" * bool(latents))
+    text.append(f"; {supervised}\n")
+    for piece in sample.pieces:
+        if piece.kind in ("message", "latents"):
+            content = f"{piece.num_tokens} latents" if piece.kind == "latents" else piece.text
+            text.append(f"[{piece.sender}: {content}]", style="cyan")
+        elif piece.kind == "target":
+            text.append(f"»{piece.text}", style="green")
+        elif piece.kind == "end":
+            text.append(f"{piece.text}«", style="green")
+        else:
+            text.append(piece.text)
+    return text
 
 
 def gigabytes(size: int) -> str:

@@ -32,9 +32,14 @@ DEFAULT_ARMS = "latent,text,solo,none,shuffled,random-link"
 def evaluate(
     system: SystemArgument,
     *,
-    task: Annotated[str | None, typer.Option(help="A world's questions: ward or relay.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A world's questions: ward, relay, panel, consult or consult-blind.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Questions of your own.")] = None,
-    arms: Annotated[str, typer.Option(help="Separated by commas; see below.")] = DEFAULT_ARMS,
+    arms: Annotated[
+        str | None,
+        typer.Option(help=f"Separated by commas; see below. Default: {DEFAULT_ARMS}, or those a baseline has."),
+    ] = None,
     rounds: Annotated[str | None, typer.Option(help="Separated by commas. Default: 1 up to the system's own.")] = None,
     latent_steps: LatentSteps = None,
     n: Annotated[
@@ -68,8 +73,10 @@ def evaluate(
     """Compare latent hand-offs with text and with controls, on the same questions and one meter.
 
     Arms: latent (the system), text (the same agents in text, once for each wording of the prompts), both, solo (the
-    answering agent alone), none (empty slots), zero (zeros), shuffled (another question's messages), random-link,
-    no-feedback (edges that lead back are closed).
+    answering agent alone; solo:ROLE another one), none (empty slots), zero (zeros), shuffled (another question's
+    messages; none:ROLE and shuffled:ROLE those of one sender), random-link, no-feedback (edges that lead back are
+    closed), vote (as many votes of the answering agent alone as take the time of latent; vote:K), system:DIR (another
+    system, as it is).
     Writes answers as they come: a run that was stopped goes on with the same command.
 
     [bold]Example:[/bold] recursivemas eval ward --task ward -n 2000 --arms latent,text,solo
@@ -88,7 +95,7 @@ def evaluate(
     job = (
         world_task(loaded, task, split=split, n=2000 if n is None else n, seed=seed)
         if task is not None
-        else _file_task(data or Path(), question_column, target_column, id_column, scorer, instructions, n, seed)
+        else file_task(data or Path(), question_column, target_column, id_column, scorer, instructions, n, seed)
     )
     job = dataclasses.replace(job, group_by=by)
     chosen = numbers(rounds, "--rounds") if rounds else list(range(1, loaded.settings.num_rounds + 1))
@@ -102,7 +109,11 @@ def evaluate(
         lambda show: run_arms(
             loaded,
             job,
-            plan_arms([name.strip() for name in arms.split(",")], chosen, list(loaded.prompts.variants)),
+            plan_arms(
+                [name.strip() for name in (arms or _default_arms(loaded)).split(",")],
+                chosen,
+                list(loaded.prompts.variants),
+            ),
             sampling=SamplingParams(
                 temperature=temperature,
                 top_p=top_p,
@@ -128,7 +139,7 @@ def evaluate(
             instructions=job.instructions,
             num_latent_steps=latent_steps,
         )
-    report.write_html(log, told, place, title=f"{log.system} on {job.name}")
+    report.write_html([report.Chapter(log, told, f"{log.system} on {job.name}")], place)
     if as_json:
         print_json(log.to_dict())
         return
@@ -138,6 +149,13 @@ def evaluate(
     if by is not None:
         out.print(report.group_table(log))
     err.print(f"[dim]written to {place}: report.json, report.html, answers.jsonl[/dim]", highlight=False)
+
+
+def _default_arms(system: Any) -> str:
+    """What is worth asking of a system: one agent can but answer, and one made for text has no links worth hearing."""
+    if not system.links:
+        return "solo"
+    return "text,solo,none" if system.settings.channel == "text" else DEFAULT_ARMS
 
 
 def watch(run: Any, task: Any) -> Any:
@@ -173,11 +191,12 @@ def world_task(system: Any, name: str, *, split: str, n: int, seed: int) -> Any:
         samples=samples,
         scorer=SCORERS[world.scorer],
         optimum={each: world.optimum(samples, each) for each in rounds},
+        measures=world.measures,
         seed=seed,
     )
 
 
-def _file_task(
+def file_task(
     file: Path,
     question: str,
     target: str,

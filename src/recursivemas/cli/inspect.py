@@ -37,7 +37,7 @@ def links(
     ] = None,
     variant: Annotated[str | None, typer.Option(help="The kind of note. Default: the system's.")] = None,
     world: Annotated[
-        str | None, typer.Option(help="Whose conversations: ward or relay. Default: the one the system was made for.")
+        str | None, typer.Option(help="Whose conversations, a world. Default: the one the system was made for.")
     ] = None,
     world_seed: Annotated[
         int | None, typer.Option(help="Seed of the world. Default: as the system was made for.")

@@ -2,7 +2,7 @@
 
 import typer
 
-from recursivemas.cli import demo, eval, export, import_, inspect, pattern, run, train, world
+from recursivemas.cli import data, demo, eval, export, import_, inspect, pattern, push, run, train, tune, world
 
 app = typer.Typer(
     name="recursivemas",
@@ -19,9 +19,12 @@ app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
+app.command("tune")(tune.tune)
 app.command("import")(import_.import_)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("world")(world.world)
+app.add_typer(data.app, name="data")
 app.add_typer(inspect.app, name="inspect")
 app.add_typer(pattern.app, name="pattern")
 

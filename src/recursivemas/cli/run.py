@@ -1,6 +1,7 @@
 """`recursivemas run`: ask a question of your own."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,27 @@ def run(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Answers sampled from the same latents; needs a temperature.")
+    ] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="Text ends before this string (may be repeated).")] = None,
+    tools: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="What the answering role can call: python, search, or python,search."),
+    ] = None,
+    search_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --tools search: a folder of texts, in place of the web.")
+    ] = None,
+    tools_after: Annotated[
+        str, typer.Option(help="last: tools in the answer alone; every: in every round, before the role sends.")
+    ] = "last",
+    max_tool_calls: Annotated[int, typer.Option(help="Calls of tools in one text.")] = 5,
+    run_code_without_sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--run-code-without-sandbox", help="Run what a model writes with your own rights, if there is no sandbox."
+        ),
+    ] = False,
     trace: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write every message to DIR (JSON and safetensors).")
     ] = None,
@@ -77,7 +98,10 @@ def run(
         raise InputError("a replay takes its questions and settings from the trace; give none of your own")
     recorded = load_traces(replay) if replay is not None else []
     asked = [each.question for each in recorded] or _read_questions(questions)
+    toolbox = _toolbox(tools, search_folder, max_tool_calls, run_code_without_sandbox)
     loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype)
+    if toolbox is not None and not loaded.prompts.tells_of_tools(loaded.pattern.answers):
+        err.print(f"[dim]the prompts of the {loaded.pattern.answers} do not say which tools there are[/dim]")
     sampling = SamplingParams(
         temperature=temperature,
         top_p=top_p,
@@ -91,12 +115,14 @@ def run(
         "channel": _channels(channel, loaded.settings.channel),
         "variant": variant,
         "sampling": sampling,
+        "tools": toolbox,
+        "tools_after": tools_after,
     }
     if recorded:
         options |= _recorded_options(recorded, until)
     elif until is not None:
         raise InputError("--until says where a replay stops: give --replay DIR too")
-    if len(asked) == 1 and not (as_json or trace or intervene or recorded):
+    if len(asked) == 1 and samples == 1 and not (as_json or trace or intervene or recorded):
         _stream(loaded, asked[0], options)
         return
     if not recorded:
@@ -110,16 +136,34 @@ def run(
             trace_dir=trace,
             batch_size=batch_size,
             seed=seed,
+            num_samples=samples,
             progress=lambda done, total: bar.update(task, completed=done),
         )
     if as_json:
         print_json([_record(question, result) for question, result in zip(asked, results, strict=True)])
         return
     for result in results:
-        print(result.text)
+        print(*(result.samples or (result.text,)), sep="\n")
     _tell_usage([result.usage for result in results])
     if trace is not None:
         err.print(f"trace written to {trace}")
+
+
+def _toolbox(names: str | None, search_folder: Path | None, max_calls: int, without_sandbox: bool) -> Any:
+    """The tools that were asked for by name."""
+    from recursivemas.sandbox import Sandbox
+    from recursivemas.tools import Toolbox, ToolLimits, make_tool
+
+    several = [name.strip() for name in (names or "").split(",") if name.strip()]
+    if search_folder is not None and "search" not in several:
+        raise InputError("--search-folder is for the tool search: give --tools search too")
+    if without_sandbox and "python" not in several:
+        raise InputError("--run-code-without-sandbox is for the tool python: give --tools python too")
+    if not several:
+        return None
+    sandbox = Sandbox(allow_unsafe=True) if without_sandbox else None
+    made = [make_tool(name, search_folder=search_folder, sandbox=sandbox) for name in several]
+    return Toolbox(made, ToolLimits(max_calls=max_calls))
 
 
 def _read_questions(questions: list[str] | None) -> list[str]:
@@ -191,6 +235,9 @@ def _stream(system: Any, question: str, options: dict[str, Any]) -> None:
                 err.print(f"[dim]round {event.turn.round}  {edge}  {escape(what)}[/dim]", highlight=False)
         else:
             print()
+            for call in event.trace.calls:
+                what = f"{call.tool} {call.argument.strip()!r}: {call.result!r}"
+                err.print(f"[dim]round {call.round}  {call.role}  {escape(what[:200])}[/dim]", highlight=False)
             _tell_usage([event.usage])
 
 
@@ -229,7 +276,9 @@ def _record(question: str, result: Any) -> dict[str, Any]:
     return {
         "question": question,
         "text": result.text,
+        **({"samples": result.samples} if result.samples else {}),
         "finished": result.finished,
         "usage": result.usage.to_dict(),
         "messages": messages,
+        **({"calls": [asdict(call) for call in result.trace.calls]} if result.trace.calls else {}),
     }

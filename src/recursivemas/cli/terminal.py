@@ -56,13 +56,15 @@ def reported(command: Command) -> Command:
             # nothing; every other verb finds what it has done.
             is_kept = command.__name__ not in ("run", "links", "import_", "export", "check", "show")
             kept = "; what is done is kept, and the same command goes on from there" if is_kept else ""
-            complain(f"interrupted{kept}")
+            if not _is_told_by_another():
+                complain(f"interrupted{kept}")
             raise typer.Exit(130) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except RecursiveMASError as error:
-            complain(str(error))
+            if not _is_told_by_another():
+                complain(str(error))
             raise typer.Exit(1) from None
         except OSError as error:
             place = f" ({error.filename})" if error.filename else ""
@@ -87,6 +89,11 @@ def complain(message: str) -> None:
     print(f"recursivemas: {' '.join(message.split())}", file=sys.stderr)
 
 
+def _is_told_by_another() -> bool:
+    """Whether this is one of several processes (torchrun), of which the first says what fails in all of them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
 def quiet_libraries() -> None:
     """Progress bars and advice of the libraries do not belong on a user's terminal; they ask the environment."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -99,7 +106,7 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, is_shown: bool = True) -> Progress:
     """A progress bar on stderr; it is silent where stderr is not a terminal."""
     return Progress(
         TextColumn("{task.description}"),
@@ -109,7 +116,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=err,
-        disable=not err.is_terminal,
+        disable=not (is_shown and err.is_terminal),
         transient=True,
     )
 

@@ -14,7 +14,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
@@ -73,6 +73,8 @@ class Row:
     """Per question: what the meter counts, and milliseconds."""
     cut: float
     unscorable: float
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """Means of what the task measures beside the score."""
 
 
 def _row(arm: Arm, answers: Sequence[Answer]) -> Row:
@@ -83,7 +85,8 @@ def _row(arm: Arm, answers: Sequence[Answer]) -> Row:
     costs["milliseconds"] = 1000 * sum(answer.seconds for answer in answers) / n
     cut = sum(not answer.finished for answer in answers) / n
     unscorable = sum(answer.read is None for answer in answers) / n
-    return Row(arm, n, mean([answer.score for answer in answers]), costs, cut, unscorable)
+    measures = {name: sum(answer.measures[name] for answer in answers) / n for name in answers[0].measures}
+    return Row(arm, n, mean([answer.score for answer in answers]), costs, cut, unscorable, measures)
 
 
 def rows_of(answers: Mapping[Arm, Sequence[Answer]]) -> list[Row]:
@@ -108,7 +111,16 @@ def column(rows: Sequence[Row], name: str) -> list[str]:
     return [f"{row.costs[name]:,.{decimals}f}" if row.n else "–" for row in rows]
 
 
+def measured(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """By name, what the task measures beside the score, one cell for each row; nothing for most tasks."""
+    names = dict.fromkeys(name for row in rows for name in row.measures)
+    return {name: [decimal(row.measures.get(name)) for row in rows] for name in names}
+
+
 # --- drawings ---------------------------------------------------------------------------------------------------------
+
+_MOST_LEVEL = 6
+"""Controls whose names stand level, side by side."""
 
 # Matplotlib draws in these stand-in colours; in the page they become variables of the style sheet, which knows about
 # light, dark and paper.
@@ -150,7 +162,7 @@ def draw_accuracy(rows: Sequence[Row], optimum: Mapping[int, float]) -> Markup:
     controls = [row for row in rows if row.arm.name not in PROTOCOLS]
     styles = _styles(rows)
     series = {label: group for label, group in _by_label(rows).items() if label in styles}
-    share = 0.082 * len(controls)
+    share = 0.082 * min(len(controls), _MOST_LEVEL)
     with rc_context(_STYLE):
         figure = _new_figure()
         main = _panel(figure, 0.05, 0.78 - share, "accuracy") if series or optimum else None
@@ -227,8 +239,19 @@ def _plot_controls(axes: Any, controls: Sequence[Row]) -> None:
             [place], [row.accuracy.value], yerr=[error],
             color=_STAND_INS["muted"], marker="_", markersize=22, markeredgewidth=2.2, elinewidth=1.2,
         )  # fmt: skip
-    axes.set_xticks(range(len(controls)), [row.arm.name.replace("-", "-\n") for row in controls])
     axes.set_xlim(-0.6, len(controls) - 0.4)
+    if len(controls) <= _MOST_LEVEL:
+        axes.set_xticks(range(len(controls)), [row.arm.name.replace("-", "-\n") for row in controls])
+        return
+    # Too many to stand side by side: their names are written upwards, where their marks leave room.
+    axes.set_xticks([])
+    middle = sum(axes.get_ylim()) / 2
+    for place, row in enumerate(controls):
+        height, side = (0.98, "top") if row.accuracy.value < middle else (0.02, "bottom")
+        axes.annotate(
+            row.arm.name, (place, height), xycoords=axes.get_xaxis_transform(),
+            rotation=90, ha="center", va=side, color=_STAND_INS["muted"],
+        )  # fmt: skip
 
 
 def draw_cost(rows: Sequence[Row]) -> Markup:

@@ -15,10 +15,12 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -26,8 +28,18 @@ from rich.text import Text
 from recursivemas.checkpoint import library_version
 from recursivemas.errors import OutputError
 from recursivemas.evaluation import figures
-from recursivemas.evaluation.figures import Row, column, count, decimal, percent, rows_of, say_rounds, with_error
-from recursivemas.evaluation.runner import Answer, Arm, EvalLog
+from recursivemas.evaluation.figures import (
+    Row,
+    column,
+    count,
+    decimal,
+    measured,
+    percent,
+    rows_of,
+    say_rounds,
+    with_error,
+)
+from recursivemas.evaluation.runner import ALONE, Answer, Arm, EvalLog
 from recursivemas.evaluation.scorers import Scorer
 from recursivemas.evaluation.story import Story
 from recursivemas.evaluation.task import Task
@@ -56,6 +68,8 @@ ARM_NOTES = {
     "shuffled": "each reader gets the messages of another question; their cost is not counted",
     "random-link": "the links are drawn anew, as loud as the trained ones",
     "no-feedback": "edges that lead back to an earlier stage are closed",
+    "vote": "the answering agent alone, sampled so many times; what is answered most often counts",
+    "system": "another system, as it is",
 }
 
 
@@ -72,8 +86,9 @@ def table(source: EvalLog | Mapping[Arm, Sequence[Answer]], task: Task | None = 
     wanted = len(task.samples) if task is not None else max((row.n for row in rows), default=0)
     is_running = any(row.n < wanted for row in rows)
     counted = ["n"] if is_running else []
-    view = _new_table("arm", "rounds", *counted, "accuracy", *(heading for _, heading in _TERMINAL_COSTS))
-    columns = [column(rows, name) for name, _ in _TERMINAL_COSTS]
+    measures = measured(rows)
+    view = _new_table("arm", "rounds", *counted, "accuracy", *measures, *(heading for _, heading in _TERMINAL_COSTS))
+    columns = [*measures.values(), *(column(rows, name) for name, _ in _TERMINAL_COSTS)]
     for number, row in enumerate(rows):
         cells = [str(row.arm.rounds), *([str(row.n)] if is_running else []), _score(row) if row.n else "–"]
         is_last = number + 1 == len(rows) or _group(rows[number + 1].arm.label) != _group(row.arm.label)
@@ -188,6 +203,7 @@ def headline(log: EvalLog) -> str:
         _say_latent(subjects),
         *_say_text(log, subject, [row for row in rows if row.arm.name == "text"]),
         _say_controls(rows),
+        _say_equal_time(log),
         _say_optimum(log.task, subject),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
@@ -266,7 +282,25 @@ def _say_controls(rows: list[Row]) -> str:
         "no-feedback": "without the feedback of earlier rounds it is {}",
     }
     found = [phrases[row.arm.name].format(_score(row)) for row in rows if row.arm.name in phrases]
+    of_a_role = {
+        "solo": "the {} alone gets {}",
+        "none": "without the messages of the {} it is {}",
+        "shuffled": "with another question's messages of the {} it is {}",
+    }
+    found += [of_a_role[row.arm.kind].format(row.arm.role, _score(row)) for row in rows if row.arm.role]
+    matched = {"vote": "{} votes of the answering agent alone get {}", "system": "the system {} gets {}"}
+    found += [matched[row.arm.kind].format(row.arm.argument, _score(row)) for row in rows if row.arm.kind in matched]
     return f"Controls: {'; '.join(found)}." if found else ""
+
+
+def _say_equal_time(log: EvalLog) -> str:
+    """Against the best of everything that is as fast."""
+    found = log.equal_time()
+    if found is None:
+        return ""
+    is_alone = found["b"].partition(":")[0] in ALONE
+    rounds = "" if is_alone else f" at {say_rounds(found['rounds_of_b'])}"
+    return f"Of all that takes no longer, {found['b']}{rounds} does best: {_verdict(found)}."
 
 
 def _say_optimum(task: Task, subject: Row) -> str:
@@ -279,13 +313,25 @@ def _say_optimum(task: Task, subject: Row) -> str:
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
-def write_json(log: EvalLog, directory: Path) -> Path:
-    """Write `report.json`, complete or not at all. Raises `OutputError`."""
-    return _write(directory / "report.json", json.dumps(log.to_dict(), indent=2, ensure_ascii=False) + "\n")
+@dataclass(frozen=True)
+class Chapter:
+    """One evaluation on a page."""
+
+    log: EvalLog
+    story: Story | None
+    title: str
+    intro: str = ""
+    file: str = "report.json"
+    """Where its numbers are."""
 
 
-def write_html(log: EvalLog, story: Story | None, directory: Path, *, title: str, intro: str = "") -> Path:
-    """Write `report.html`: the numbers in words, tables and figures, how to read them, and the story if there is one.
+def write_json(log: EvalLog, directory: Path, name: str = "report.json") -> Path:
+    """Write the numbers, complete or not at all. Raises `OutputError`."""
+    return _write(directory / name, json.dumps(log.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_html(chapters: Sequence[Chapter], directory: Path) -> Path:
+    """Write `report.html`: for each evaluation the numbers in words, tables and figures, and the story if there is one.
 
     The page needs nothing from outside, and everything that is not ours is escaped. Raises `OutputError`.
     """
@@ -297,11 +343,22 @@ def write_html(log: EvalLog, story: Story | None, directory: Path, *, title: str
         lstrip_blocks=True,
     )
     environment.filters |= {"decimal": decimal}
-    rows = [row for row in rows_of(log.answers) if row.n]
     page = environment.get_template("report.html.j2").render(
-        title=title,
-        intro=[part for part in intro.split("\n\n") if part.strip()],
+        title=chapters[0].title,
         version=library_version(),
+        parts=[Markup(_part(environment, chapter)) for chapter in chapters],
+        files=[chapter.file for chapter in chapters],
+    )
+    return _write(directory / "report.html", page)
+
+
+def _part(environment: Environment, chapter: Chapter) -> str:
+    """One evaluation as the markup of its part of the page."""
+    log = chapter.log
+    rows = [row for row in rows_of(log.answers) if row.n]
+    return environment.get_template("evaluation.html.j2").render(
+        title=chapter.title,
+        intro=[part for part in chapter.intro.split("\n\n") if part.strip()],
         headline=headline(log),
         log=log,
         num_questions=max(row.n for row in rows),
@@ -313,20 +370,29 @@ def write_html(log: EvalLog, story: Story | None, directory: Path, *, title: str
         has_cut=any(row.cut or row.unscorable for row in rows),
         comparisons=_comparison_groups(log),
         by_group=_groups(log),
-        arm_notes={row.arm.name: ARM_NOTES[row.arm.name] for row in rows},
+        arm_notes={row.arm.name: _arm_note(row.arm) for row in rows},
         legend=figures.legend(rows),
         accuracy_figure=figures.draw_accuracy(rows, _optimum(log.task)),
         cost_figure=figures.draw_cost(rows),
-        story=story,
+        story=chapter.story,
         num_shown=NUM_LATENTS,
     )
-    return _write(directory / "report.html", page)
+
+
+def _arm_note(arm: Arm) -> str:
+    of_a_role = {
+        "solo": f"the {arm.role} alone, with a prompt of its own",
+        "none": f"the {arm.role} sends nothing",
+        "shuffled": f"of the {arm.role}, readers get the messages of another question",
+    }
+    return of_a_role[arm.kind] if arm.role else ARM_NOTES[arm.kind]
 
 
 def _html_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Costs by heading, one cell for each row; what went wrong has columns only if something did."""
     names = ("generated_tokens", "latent_steps", "prompt_tokens", "positions", "milliseconds")
-    columns = {{"milliseconds": "ms"}.get(name, name.replace("_", " ")): column(rows, name) for name in names}
+    costs = {{"milliseconds": "ms"}.get(name, name.replace("_", " ")): column(rows, name) for name in names}
+    columns = measured(rows) | costs
     if any(row.cut for row in rows):
         columns["cut off"] = [percent(row.cut) for row in rows]
     if any(row.unscorable for row in rows):

@@ -4,13 +4,16 @@ Knows nothing of systems; a task is the same whoever answers.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recursivemas.errors import InputError, unknown_name
 from recursivemas.evaluation.scorers import Scorer
+
+Measure = Callable[[str, Mapping[str, Any]], float]
+"""Takes the answer's text and the metadata of the sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class Task:
     instructions: str = ""
     optimum: Mapping[int, float] | None = None
     """By rounds, the best score that any system can reach; None where it is not known."""
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    """What is measured in each answer beside its score, by name; reports give the means."""
     group_by: str | None = None
     """A key of the samples' metadata by whose values accuracy is reported, too."""
     seed: int = 0

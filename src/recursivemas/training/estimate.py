@@ -47,7 +47,7 @@ from recursivemas.training.recipe import STAGES, Recipe, settings_of
 SHIPPED = Path(__file__).parents[1] / "bundled" / "configs"
 """Configurations of models that recipes of this package name."""
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BLOCK = 64
 _CHAT = 8
 _SLOT = re.compile(r"\{latents:(\w+)\}")
@@ -146,21 +146,24 @@ class Estimate:
         }
 
 
-def estimate(recipe: Recipe, *, stages: Sequence[str] = STAGES) -> Estimate:
-    """What training by a recipe takes. Raises `ModelError`, `ConfigError`, `CheckpointError` or `PatternError`."""
-    team = _team_of(recipe)
+def estimate(recipe: Recipe, *, stages: Sequence[str] = STAGES, team: "Team | None" = None) -> Estimate:
+    """What training by a recipe takes, whose `team` need not be found again where it is known.
+
+    Raises `ModelError`, `ConfigError`, `CheckpointError` or `PatternError`.
+    """
+    team = team or team_of(recipe)
     num_rounds, num_latent_steps = team.num_rounds, team.num_latent_steps
-    calculation = _Calculation(recipe, team)
+    calculation = Calculation(recipe, team)
     first: dict[str, str] = {}
     roles = []
     for role in team.pattern.roles:
         name = team.models[role]
         roles.append(RoleEstimate(role, name, team.sizes[role], first.get(name)))
         first.setdefault(name, role)
-    agents = _BYTES[recipe.dtype] * sum(each.sizes.num_parameters for each in roles if each.shares is None)
+    agents = BYTES[recipe.dtype] * sum(each.sizes.num_parameters for each in roles if each.shares is None)
     parameters = sum(each.parameters for each in team.links)
     trained = sum(each.parameters for each in team.links if each.is_trained)
-    saved = _BYTES[recipe.save_dtype]
+    saved = BYTES[recipe.save_dtype]
     local = [each for each in roles if Path(each.model).is_dir() and each.shares is None]
     remote = [each for each in roles if not Path(each.model).is_dir() and each.shares is None]
     prompts = {role: calculation.prompt(role) for role in team.pattern.roles}
@@ -197,7 +200,7 @@ def estimate(recipe: Recipe, *, stages: Sequence[str] = STAGES) -> Estimate:
 
 
 @dataclass(frozen=True)
-class _Team:
+class Team:
     """The system that a recipe trains, as far as it can be known without its weights."""
 
     pattern: Pattern
@@ -209,7 +212,7 @@ class _Team:
     num_latent_steps: int
 
 
-def _team_of(recipe: Recipe) -> _Team:
+def team_of(recipe: Recipe) -> Team:
     given: dict[str, LinkConfig] = {}
     if recipe.system is None:
         pattern, prompts = recipe.new_pattern, recipe.new_prompts
@@ -231,7 +234,7 @@ def _team_of(recipe: Recipe) -> _Team:
     inner = {role: Edge(role, role) for role in pattern.roles}
     links = [_link(recipe, role, "inner", ends, by_role, given.get(role)) for role, ends in inner.items()]
     links += [_link(recipe, str(edge), "outer", edge, by_role, given.get(str(edge))) for edge in pattern.graph]
-    return _Team(pattern, prompts, models, by_role, tuple(links), settings.num_rounds, settings.num_latent_steps)
+    return Team(pattern, prompts, models, by_role, tuple(links), settings.num_rounds, settings.num_latent_steps)
 
 
 def _link(
@@ -254,11 +257,11 @@ def _link(
 
 
 @dataclass(frozen=True)
-class _Calculation:
+class Calculation:
     """The formulas at the top of this file."""
 
     recipe: Recipe
-    team: _Team
+    team: Team
 
     def inner(self) -> int:
         """The largest inner link's pairs, and its gradient and moments."""
@@ -291,7 +294,7 @@ class _Calculation:
         answers = tuple(settings.weights_of(num_rounds))
         turns = self.team.pattern.schedule(num_rounds, answer_rounds=answers)
         needed = [self._turn(turn) for turn in turns]
-        kept = {(turn.role, self._template(turn)): self._kept_prompt(turn) for turn in turns}
+        kept = {(turn.role, self.template(turn)): self._kept_prompt(turn) for turn in turns}
         together = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
         held = max(needed) if settings.recompute else sum(needed)
         return together * (held + sum(kept.values())) + (self._aligned_pairs() if settings.anchor else 0)
@@ -299,20 +302,20 @@ class _Calculation:
     def _turn(self, turn: Turn) -> int:
         """Activations of one turn of one question."""
         sizes, steps, reply = self.team.sizes[turn.role], self.team.num_latent_steps, self.recipe.lengths.reply
-        before, after, slots = self._pieces(turn)
+        before, after, slots = self.pieces(turn)
         read = after + slots * steps
-        total = self._activations(sizes, read, before + read) if slots else 0
+        total = self.activations(sizes, read, before + read) if slots else 0
         context = before + read
         if turn.speaks:
-            logits = reply * sizes.vocab_size * (_BYTES[self.recipe.dtype] + 8)
-            return total + self._activations(sizes, reply, context + reply) + logits
+            logits = reply * sizes.vocab_size * (BYTES[self.recipe.dtype] + 8)
+            return total + self.activations(sizes, reply, context + reply) + logits
         if slots or self.recipe.outer.trained == "inner+outer":
-            total += sum(self._activations(sizes, 1, context + step) for step in range(1, steps))
+            total += sum(self.activations(sizes, 1, context + step) for step in range(1, steps))
         return total
 
-    def _activations(self, sizes: ModelSizes, positions: int, context: int) -> int:
+    def activations(self, sizes: ModelSizes, positions: int, context: int) -> int:
         """What the backward pass needs of positions read at once, with all that they look back on."""
-        size = _BYTES[self.recipe.dtype]
+        size = BYTES[self.recipe.dtype]
         shared = positions * (3 * size * sizes.intermediate_size + 8 * sizes.hidden_size)
         keys = sizes.query_size if positions > 1 else sizes.key_size
         attention = 2 * size * (positions * sizes.query_size + context * keys)
@@ -327,16 +330,21 @@ class _Calculation:
         sizes = self.team.sizes[turn.role]
         attending = sizes.num_layers - sizes.num_recurrent_layers
         states = 4 * sizes.num_recurrent_layers * sizes.recurrent_size
-        return 2 * _BYTES[self.recipe.dtype] * attending * sizes.key_size * self._pieces(turn)[0] + states
+        return 2 * BYTES[self.recipe.dtype] * attending * sizes.key_size * self.pieces(turn)[0] + states
 
-    def _template(self, turn: Turn) -> str:
+    def template(self, turn: Turn) -> str:
+        """The template of a turn."""
         return self.team.prompts.template(
             turn.role, round=turn.round, is_last=turn.speaks or turn.round == self.team.num_rounds
         )
 
-    def _pieces(self, turn: Turn) -> tuple[int, int, int]:
+    def pieces(self, turn: Turn) -> tuple[int, int, int]:
         """Tokens of a prompt before its first slot, tokens after it, and slots."""
-        before, *others = _SLOT.split(self._template(turn))
+        return self.pieces_of(self.template(turn))
+
+    def pieces_of(self, template: str) -> tuple[int, int, int]:
+        """The same of a template."""
+        before, *others = _SLOT.split(template)
         if not others:
             return _CHAT + self._tokens(before) + _CHAT, 0, 0
         roles, texts = others[::2], others[1::2]
@@ -350,5 +358,5 @@ class _Calculation:
         """Tokens of the longest prompt of a role, with m latents in every slot."""
         steps = self.team.num_latent_steps
         rounds = range(1, self.team.num_rounds + 1)
-        pieces = (self._pieces(Turn(round, role, speaks=False)) for round in rounds)
+        pieces = (self.pieces(Turn(round, role, speaks=False)) for round in rounds)
         return max(before + after + slots * steps for before, after, slots in pieces)

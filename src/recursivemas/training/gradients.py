@@ -35,10 +35,13 @@ class Backflow:
         """
         self.links = dict(links)
         self._clip = clip
-        self._last: Tensor | None = None
         self._calls: dict[Place, list[_Call]] = defaultdict(list)
         self._unplaced: list[tuple[str, _Call, Tensor]] = []
         """With the output of each call: a call must not hold it, or neither would ever be let go."""
+        self.expected: dict[Place, None] = {}
+        """Messages, and trained links that were used, in the order of play: each should get a gradient."""
+        self.last: Float[Tensor, " batch"] | None = None
+        """Norm at the message that is read last, for each sample: what clipping goes by."""
         self._arrived: list[tuple[str, Place, Tensor]] = []
         """Every gradient that arrived at a message or at the output of a link, in the order of the backward pass."""
         self.before: dict[Place, Float[Tensor, " batch"]] = {}
@@ -58,13 +61,18 @@ class Backflow:
 
     def watch(self, played: PlayedTurn) -> None:
         """Watch the messages of a turn, and attribute to its round the calls of links since the turn before."""
+        round = played.turn.round
+        self.expected.update(dict.fromkeys((name, round) for name, _, _ in self._unplaced))
         for edge, message in played.messages.items():
-            if message.latents is not None and message.latents.requires_grad:
-                message.latents.register_hook(partial(self._cross, (edge, played.turn.round)))
+            if message.latents is not None:
+                self.expected[edge, round] = None
+                if message.latents.requires_grad:
+                    message.latents.register_hook(partial(self._cross, (edge, round)))
         # After the hooks of messages: what a link gets back is what clipping has left.
         for name, call, output in self._unplaced:
-            output.register_hook(partial(self._arrive, (name, played.turn.round), call))
-            self._calls[name, played.turn.round].append(call)
+            if output.requires_grad:
+                output.register_hook(partial(self._arrive, (name, round), call))
+                self._calls[name, round].append(call)
         self._unplaced.clear()
 
     def check(self, names: Sequence[str]) -> None:
@@ -76,6 +84,17 @@ class Backflow:
                     f"the gradient that reaches the {kind} {name} in round {round} is not finite for "
                     f"{say_samples((~is_finite).tolist(), names)}."
                 )
+
+    def reached(self) -> set[Place]:
+        """Those of `expected` at which a gradient has arrived that is not 0 for every sample."""
+        messages = {place for place, norms in self.before.items() if bool(norms.any())}
+        links = {
+            place
+            for place, calls in self._calls.items()
+            if any(call.gradient is not None and bool(call.gradient.any()) for call in calls)
+        }
+        # A link and its message have one name: where the message gets nothing, the link cannot.
+        return {place for place in self.expected if place in messages or (place in links and "->" not in place[0])}
 
     def of_links(self) -> dict[Place, Float[Tensor, " batch"]]:
         """Norm of the gradient of each link's parameters, by round, for each sample (after clipping at messages)."""
@@ -90,24 +109,25 @@ class Backflow:
 
     def _cross(self, place: Place, gradient: Tensor) -> Tensor | None:
         """Backward, the message that is read last comes first: its norms are what the others are measured by."""
-        norms = gradient.flatten(1).norm(dim=1).detach()
+        # In float32 at least, whatever the agents compute in: of a norm in bfloat16 three digits would be left.
+        precise = torch.promote_types(gradient.dtype, torch.float32)
+        norms = gradient.flatten(1).to(precise).norm(dim=1).detach()
         self._arrived.append(("message", place, gradient.detach()))
         self.before[place] = norms
+        if self.last is None:
+            self.last = norms
         if self._clip is None:
             return None
-        if self._last is None:
-            self._last = norms
-        factor = (self._clip * self._last / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+        factor = (self._clip * self.last / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
         self.after[place] = norms * factor
-        return gradient * factor[:, None, None]
+        return (gradient * factor[:, None, None]).to(gradient.dtype)
 
     def _arrive(self, place: Place, call: "_Call", gradient: Tensor) -> None:
         call.gradient = gradient.detach()
         self._arrived.append(("link", place, call.gradient))
 
     def _keep(self, name: str, link: RecursiveLink, inputs: tuple[Tensor], output: Tensor) -> None:
-        if output.requires_grad:
-            self._unplaced.append((name, _Call(inputs[0].detach()), output))
+        self._unplaced.append((name, _Call(inputs[0].detach()), output))
 
 
 class _Call:

@@ -21,6 +21,9 @@ from recursivemas.models import LanguageModel
 from recursivemas.training.data import EncodedTurn
 from recursivemas.training.loop import LoopSettings, Progress, RunDirectory, fit
 
+_CALIBRATED = 65_536
+"""Pairs that are on the model's device at once; by so many at most a link is sized."""
+
 
 class InnerSettings(LoopSettings):
     """Settings of the inner warm-up."""
@@ -50,7 +53,8 @@ def collect_pairs(
     """Read every turn once and keep the states that predict its reply; `with_end` also that of its last token."""
     order = sorted(range(len(turns)), key=lambda index: len(turns[index].prompt_ids))
     states: dict[int, Tensor] = {}
-    replies = [[*turn.target_ids, model.reply_end_id] if with_end else turn.target_ids for turn in turns]
+    ends = [[model.reply_end_id] if with_end and not turn.is_cut else [] for turn in turns]
+    replies = [[*turn.target_ids, *end] for turn, end in zip(turns, ends, strict=True)]
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         input_ids, mask = model.pad([[*turns[row].prompt_ids, *replies[row][:-1]] for row in rows])
@@ -90,20 +94,27 @@ def train_inner(
     """Train the inner link of one agent on its own turns; return the loss before and after."""
     model, link = agent.model, agent.inner_link
     pairs = collect_pairs(model, turns, with_end=True)
-    states = pairs.states.to(model.device)
-    targets = model.embed(torch.tensor(pairs.token_ids)).float()
-    target_norm = targets.norm(dim=-1).mean().item()
-    link.calibrate(states, target_norm)
-    with torch.no_grad():
-        before = cosine_loss(link(states), targets).item()
+    # States stay in the memory of the host, and go to the model's device batch by batch.
+    states, tokens = pairs.states, torch.tensor(pairs.token_ids)
+    loud = states[:_CALIBRATED].to(model.device)
+    norms = [model.embed(part).float().norm(dim=-1).cpu() for part in tokens.split(_CALIBRATED)]
+    target_norm = torch.cat(norms).mean().item()
+    link.calibrate(loud, target_norm)
+
+    def loss_of(chosen: Tensor) -> Tensor:
+        return cosine_loss(link(states[chosen].to(model.device)), model.embed(tokens[chosen]).float())
+
+    @torch.no_grad()
+    def loss_of_all() -> float:
+        parts = torch.arange(len(tokens)).split(_CALIBRATED)
+        return sum(loss_of(part).item() * len(part) for part in parts) / len(tokens)
 
     def loss_of_step(step: int) -> Tensor:
-        chosen = step_indices(step, seed, len(states), settings.batch_size).to(states.device)
-        return cosine_loss(link(states[chosen]), targets[chosen])
+        return loss_of(step_indices(step, seed, len(tokens), settings.batch_size))
+
+    before = loss_of_all()
 
     fit(f"inner-{agent.role}", dict(link.named_parameters()), loss_of_step, settings, run=run, progress=progress)
     if link.target_norm is None:
-        link.calibrate(states, target_norm)
-    with torch.no_grad():
-        after = cosine_loss(link(states), targets).item()
-    return {"pairs": float(len(states)), "loss_before": before, "loss_after": after}
+        link.calibrate(loud, target_norm)
+    return {"pairs": float(len(tokens)), "loss_before": before, "loss_after": loss_of_all()}

@@ -4,27 +4,42 @@ A stage gives the loop its parameters and a function from the number of a step t
 everything random in a step follows from its number, a run that was killed and started again goes on as if nothing had
 happened: same losses, same weights (float32 on a CPU). A stage with a `Validation` ends with the weights that did best
 on it.
+
+    metrics.jsonl                every record
+    state/STAGE/manifest.json    what was saved last: the step, the hash of each file, the versions of the libraries
+    state/STAGE/*.safetensors    the weights after that step (last), and those that did best (best)
+    state/STAGE/*.pt             optimizer, losses, scores, random numbers; data and schedule follow from the step
+
+The manifest is replaced at once, when all it names is on the disk: before, the state saved earlier holds, and after it
+the new one. Only what is trained is ever saved, never an agent.
 """
 
+import hashlib
 import json
 import math
 import os
+import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recursivemas.config import Config
 from recursivemas.errors import ConfigError, NumericsError, OutputError
 from recursivemas.training.processes import Processes
+from recursivemas.training.trackers import Trackers
 
 Losses = Tensor | Iterable[Tensor]
 """The loss of a step, or parts that add up to it: gradients of one are computed before the next is made."""
@@ -83,60 +98,147 @@ class Fitted:
         return max(self.scores, key=lambda step: (self.scores[step], -step)) if self.scores else len(self.losses)
 
 
+@dataclass(frozen=True)
+class State:
+    """What a stage goes on from: between two steps, nothing else is known of it."""
+
+    parameters: dict[str, Tensor]
+    best: dict[str, Tensor] | None
+    """Those that did best on validation so far."""
+    optimizer: dict[str, Any]
+    fitted: Fitted
+    random: dict[str, Any]
+    """Of the generators of PyTorch, by device. Nothing here draws from them, but a model with dropout would."""
+
+
+MANIFEST = "manifest.json"
+
+
 class RunDirectory:
     """Where a training run keeps its metrics and its state, so that it can be watched and resumed."""
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], *, tensorboard: bool = False, is_first: bool = True
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        trackers: Sequence[str] | None = (),
+        is_first: bool = True,
     ) -> None:
         """Open or create the directory. Raises `ConfigError` if it belongs to a run with other settings.
 
-        With `tensorboard` metrics also go to event files in `PATH/tensorboard`, if TensorBoard is installed. Of several
-        processes that share a run all read its state, and the first alone (`is_first`) writes.
+        Metrics also go to `trackers` (see there). Of several processes that share a run the first alone (`is_first`)
+        reads and writes; to the others it is as if nothing were there.
         """
         self.path = path
         self._writes = is_first
-        self._writers: dict[str, Any] = {}
-        self._tensorboard = tensorboard
+        self._trackers = Trackers(trackers, path)
+        if not is_first:
+            return
         record = path / "config.json"
         text = json.dumps(settings, indent=2, sort_keys=True, default=str)
         try:
             (path / "state").mkdir(parents=True, exist_ok=True)
             if record.exists():
                 _refuse_changes(json.loads(record.read_text(encoding="utf-8")), json.loads(text), path)
-            elif self._writes:
+            else:
                 write_atomically(record, text.encode())
         except (OSError, ValueError) as error:
             raise OutputError(f"cannot use {path} as the directory of a training run: {error}") from None
 
     def has(self, stage: str) -> bool:
         """Whether any state of a stage (of whatever link) was saved."""
-        place = self.path / "state"
-        return (place / f"{stage}.pt").exists() or any(place.glob(f"{stage}-*.pt"))
+        state = self.path / "state"
+        return (state / stage / MANIFEST).exists() or any(state.glob(f"{stage}-*/{MANIFEST}"))
 
-    def load(self, stage: str) -> dict[str, Any] | None:
-        """The saved state of a stage, or None."""
-        file = self._state_file(stage)
-        if not file.exists():
+    def load(self, stage: str) -> State | None:
+        """The saved state of a stage, or None. Raises `OutputError` for one that is not what was saved."""
+        place = self._state_of(stage)
+        earlier = place.with_name(f"{place.name}.pt")
+        if self._writes and earlier.exists():
+            raise OutputError(
+                f"{earlier} is a state of an earlier version of this package, from which this one cannot go on; delete "
+                "it to train this stage anew, or give another output directory"
+            )
+        if not self._writes or not (place / MANIFEST).exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+            files: dict[str, dict[str, str]] = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["files"]
+            for each in files.values():
+                if _sha256(place / each["file"]) != each["sha256"]:
+                    raise ValueError(f"{each['file']} is not what was saved")
+            rest = torch.load(place / files["rest"]["file"], weights_only=True, map_location="cpu")
+            best = load_file(place / files["best"]["file"]) if "best" in files else None
+            fitted = Fitted(rest["losses"], rest["scores"], rest["stopped"])
+            last = load_file(place / files["last"]["file"])
+            return State({name: last[name] for name in rest["names"]}, best, rest["optimizer"], fitted, rest["random"])
         except Exception as error:  # torch raises whatever the damage leads to
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-            raise OutputError(f"{file} is damaged ({reason}); delete it to train this stage anew") from None
-        return state
+            raise OutputError(f"{place} is damaged ({reason}); delete it to train this stage anew") from None
 
-    def save(self, stage: str, state: dict[str, Any]) -> None:
-        """Replace the saved state of a stage, at once or not at all."""
+    def save(self, stage: str, state: State) -> None:
+        """Replace the saved state of a stage, at once or not at all. Raises `OutputError`."""
         if not self._writes:
             return
-        draft = self._state_file(stage).with_suffix(".draft")
+        place = self._state_of(stage)
+        new: list[Path] = []
         try:
-            torch.save(state, draft)
-            draft.replace(self._state_file(stage))
-        except (OSError, RuntimeError) as error:
-            draft.unlink(missing_ok=True)
-            raise OutputError(f"cannot save the training state to {draft.parent}: {error}") from None
+            place.mkdir(parents=True, exist_ok=True)
+            before = self._manifest(stage)
+            number = int(before.get("number", 0)) + 1
+            files: dict[str, dict[str, Any]] = {}
+
+            def add(key: str, file: Path, **more: Any) -> None:
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                files[key] = {"file": file.name, "sha256": _sha256(file), **more}
+
+            new.append(place / f"last-{number}.safetensors")
+            save_file(_contiguous(state.parameters), new[-1])
+            add("last", new[-1])
+            best_step = state.fitted.best_step
+            if state.best is not None and before.get("files", {}).get("best", {}).get("step") == best_step:
+                files["best"] = before["files"]["best"]  # still the best: it need not be written again
+            elif state.best is not None:
+                new.append(place / f"best-{number}.safetensors")
+                save_file(_contiguous(state.best), new[-1])
+                add("best", new[-1], step=best_step, validation=state.fitted.scores[best_step])
+            rest = {
+                "names": list(state.parameters),
+                "optimizer": state.optimizer,
+                "losses": list(state.fitted.losses),
+                "scores": dict(state.fitted.scores),
+                "stopped": state.fitted.stopped,
+                "random": state.random,
+            }
+            new.append(place / f"rest-{number}.pt")
+            torch.save(rest, new[-1])
+            add("rest", new[-1])
+            manifest = {
+                "stage": stage,
+                "step": len(state.fitted.losses),
+                "number": number,
+                "stopped": state.fitted.stopped,
+                "files": files,
+                "versions": _versions(),
+            }
+            write_atomically(place / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        except (OSError, RuntimeError, SafetensorError) as error:
+            for file in new:
+                file.unlink(missing_ok=True)
+            raise OutputError(f"cannot save the training state to {place}: {error}; the last one stays") from None
+        kept = {MANIFEST, *(each["file"] for each in files.values())}
+        for file in place.iterdir():
+            if file.name not in kept:
+                file.unlink(missing_ok=True)
+
+    def _manifest(self, stage: str) -> dict[str, Any]:
+        """What was saved of a stage; empty if nothing was, or it cannot be read, so that all is written anew."""
+        try:
+            found = json.loads((self._state_of(stage) / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
@@ -147,24 +249,12 @@ class RunDirectory:
                 stream.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OutputError(f"cannot write {self.path}/metrics.jsonl: {error}") from None
-        writer = self._writer(record["stage"], record["step"])
-        if writer is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    writer.add_scalar(f"{record['stage']}/{name}", value, record["step"])
-            writer.flush()
+        numbers = {name: value for name, value in record.items() if name != "step" and isinstance(value, (int, float))}
+        self._trackers.log(record["stage"], record["step"], numbers)
 
-    def _writer(self, stage: str, step: int) -> Any:
-        """The event file of a stage; records of an earlier, killed run from this step on are hidden by it."""
-        if self._tensorboard and stage not in self._writers:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:  # an optional dependency (recursivemas[trackers]); metrics.jsonl has it all
-                self._tensorboard = False
-                return None
-            place = self.path / "tensorboard" / _file_name(stage)
-            self._writers[stage] = SummaryWriter(log_dir=str(place), purge_step=step)
-        return self._writers.get(stage)
+    def finish(self, stage: str) -> None:
+        """Close what is open for a stage that is done."""
+        self._trackers.finish(stage)
 
     def forget(self, stage: str, after: int) -> None:
         """Drop the records of a stage after a step: they will be written again."""
@@ -175,8 +265,8 @@ class RunDirectory:
         kept = [each for each in records if each.get("stage") != stage or each.get("step", 0) <= after]
         write_atomically(file, "".join(json.dumps(each) + "\n" for each in kept).encode())
 
-    def _state_file(self, stage: str) -> Path:
-        return self.path / "state" / f"{_file_name(stage)}.pt"
+    def _state_of(self, stage: str) -> Path:
+        return self.path / "state" / _file_name(stage)
 
 
 ALONE = Processes()
@@ -242,13 +332,13 @@ def fit(
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-    job.keep_best()
-    done.movement = job.movement()
-    return done
+    return job.finish()
 
 
 _FIRST, _LATEST = 5, 10
 """Steps whose median loss is the beginning, and steps whose mean loss is compared with it."""
+_LITTLE = 0.05
+"""A beginning below this, in nats a token, counts as this: from .02 to .06 a stage has not diverged."""
 
 
 class _Fitting:
@@ -311,7 +401,8 @@ class _Fitting:
                 f"{step + 1}. Lower the learning rate ({self.settings.lr})."
             )
         ratio = self.settings.max_loss_ratio or math.inf
-        if len(losses) >= _FIRST + _LATEST and _mean(losses[-_LATEST:]) > ratio * median(losses[:_FIRST]):
+        start = max(median(losses[:_FIRST]), _LITTLE) if losses else _LITTLE
+        if len(losses) >= _FIRST + _LATEST and _mean(losses[-_LATEST:]) > ratio * start:
             raise NumericsError(
                 f"{self.stage} has diverged: at step {step + 1} the loss is {_mean(losses[-_LATEST:]):.4g}, and it was "
                 f"{median(losses[:_FIRST]):.4g} in the beginning. Lower the learning rate ({self.settings.lr})."
@@ -360,7 +451,8 @@ class _Fitting:
         if self.validation is None:
             return
         step = len(self.fitted.losses)
-        score = self.validation.score()
+        with self.processes.together():
+            score = self.validation.score()
         if not self.fitted.scores or score > max(self.fitted.scores.values()):
             self.best = _copied(self.parameters)
         self.fitted.scores[step] = score
@@ -388,6 +480,14 @@ class _Fitting:
         step = self.fitted.best_step
         return f"The weights kept are those after step {step}, the best on validation ({self.fitted.scores[step]:.4f})."
 
+    def finish(self) -> Fitted:
+        """Put the best weights in place, and say how it went."""
+        self.keep_best()
+        self.fitted.movement = self.movement()
+        if self.run is not None:
+            self.run.finish(self.stage)
+        return self.fitted
+
     def movement(self) -> dict[str, float]:
         """How far each parameter has gone; one that started at zero is compared with where it is."""
         found = {}
@@ -399,27 +499,27 @@ class _Fitting:
 
     def save(self) -> None:
         if self.run is not None:
-            self.run.save(
-                self.stage,
-                {
-                    "losses": list(self.fitted.losses),
-                    "scores": dict(self.fitted.scores),
-                    "stopped": self.fitted.stopped,
-                    "parameters": _copied(self.parameters),
-                    "best": self.best,
-                    "optimizer": self.optimizer.state_dict(),
-                },
+            state = State(
+                _copied(self.parameters), self.best, self.optimizer.state_dict(), self.fitted, _random_states()
             )
+            self.run.save(self.stage, state)
 
     def _resume(self, run: RunDirectory) -> None:
-        state = run.load(self.stage)
+        # The first process alone reads, so that all of them go on from one state, whatever the others can see.
+        state = self.processes.from_first(lambda: run.load(self.stage))
         if state is None:
             run.forget(self.stage, after=-1)
             return
-        _copy(state["parameters"], self.parameters)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.fitted = Fitted(state["losses"], state["scores"], state["stopped"])
-        self.best = state["best"]
+        if list(state.parameters) != list(self.parameters):
+            raise OutputError(
+                f"the state of {self.stage} in {run.path} holds other weights, or in another order, than are trained "
+                "now; delete it to train this stage anew, or give another output directory"
+            )
+        _copy(state.parameters, self.parameters)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.fitted = state.fitted
+        self.best = state.best
+        _set_random_states(state.random)
         run.forget(self.stage, after=len(self.fitted.losses))
 
 
@@ -444,6 +544,32 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 def _copied(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    libraries = ("recursivemas", "torch", "transformers", "safetensors")
+    return {**{name: version(name) for name in libraries}, "python": platform.python_version()}
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _random_states() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 @torch.no_grad()

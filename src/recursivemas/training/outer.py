@@ -7,9 +7,21 @@ An answer counts from the round on in which it can be known (`Question.rounds`; 
 Thoughts are rolled out as in inference, and gradients flow through every message, every cache and every round back to
 every link; the language models stay as they are. Every part of the loss, and every safeguard, is a setting with its
 reason (see `OuterSettings`). Knows a system and questions with answers; knows nothing of where these come from.
+
+The authors' released trainer makes latents in another way, which can be had for comparison: `latent_source: targets`,
+with `trained: outer`, `round_weights: last` and `anchor: 0`. Every role is given the text that it should write, and the
+states at its first `num_latent_steps` tokens travel; the first role of the first round, upstream of which nothing is
+trained, needs no gradient there and here. There the answering role is given the gold answer, and hands it on to the
+next round: that leak is closed here (its own words travel), unless `leak_answer` opens it. Loss and gradient of a
+sample are then those of that trainer in float32, where all rounds have one prompt for the answer. What is not
+reproduced, because nobody wants it: a loss divided twice when gradients are accumulated; a schedule that runs as many
+times too fast as there are processes; a cross-entropy taken, and links kept, in bfloat16; and a cut of long prompts on
+the left that may take the message with it, where here a prompt that is too long is refused.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +42,12 @@ from recursivemas.training.data import Question
 from recursivemas.training.gradients import Backflow, figures, say_samples
 from recursivemas.training.loop import ALONE, Fitted, LoopSettings, Progress, RunDirectory, Validation, fit
 from recursivemas.training.processes import Processes
+from recursivemas.training.watch import Finding, Watch, find_leak, missing_gradients
+
+Warn = Callable[[Finding], None]
+
+_OTHERS = 100
+"""Questions whose answers are tried in the place of others'."""
 
 
 class Phase(Config):
@@ -76,9 +94,13 @@ class OuterSettings(LoopSettings):
     samples may carry a thousand times the median, and global clipping would throw away all the others."""
     lr_ratios: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Shares of the learning rate, by link (`planner`, `planner->critic`) or for all of a kind (`inner`, `outer`)."""
-    latent_source: Literal["rollout", "teacher"] = "rollout"
-    """Thoughts as in inference, or the states from which the agents would write their text: cheaper to trust, but
-    never what a run meets."""
+    latent_source: Literal["rollout", "teacher", "targets"] = "rollout"
+    """Thoughts as in inference; or the states from which the agents would write their text: cheaper to trust, but
+    never what a run meets. `targets`: states at the words of the text that each role is given with the question, as in
+    the released trainer (see above)."""
+    leak_answer: bool = False
+    """Only to reproduce the released trainer, with `latent_source: targets`: the answering role reads the gold answer
+    before it sends, so that rounds after the first are told what they should find out."""
     distillation: float = Field(default=0.0, ge=0, le=1)
     """Share of the loss that is taken against the exact posterior of a world instead of the one true answer."""
     num_validation: int = Field(default=1000, ge=2)
@@ -101,6 +123,11 @@ class OuterSettings(LoopSettings):
             raise ConfigError(
                 f"round_weights {self.round_weights} must give each round a weight of 0 or more, and the last one more "
                 "than 0"
+            )
+        if self.leak_answer and self.latent_source != "targets":
+            raise ConfigError(
+                f"leak_answer gives the answering role the gold answer to read, which latent_source: "
+                f"{self.latent_source} never does; leave it out, or take latent_source: targets"
             )
         return self
 
@@ -136,9 +163,16 @@ class OuterLoop:
     anchors: Mapping[str, AlignmentPairs] = field(default_factory=dict)
     """Pairs of each edge for the alignment loss."""
     processes: Processes = ALONE
+    watch: Watch | None = None
+    """Looks for what goes wrong, in the first step and whenever figures are logged."""
+    warn: Warn | None = None
+    """Told what it finds."""
     _figures: dict[str, float] = field(default_factory=dict)
     _backflows: list[tuple[list[str], Backflow]] = field(default_factory=list)
     """Of every part of the batch: the names of its questions, and what flowed back."""
+    _own: Sequence[Question] = ()
+    """The questions of the step that this process unrolls."""
+    _is_looked_at: bool = False
     _within_reach: dict[int, Sequence[Question]] = field(default_factory=dict)
 
     @property
@@ -162,7 +196,8 @@ class OuterLoop:
         known = {round: max(sum(question.rounds <= round for question in batch), 1) for round in weights}
         self._figures = {f"loss/round {round}": 0.0 for round in weights}
         self._backflows = []
-        own = self.processes.share(batch)
+        self._is_looked_at = self.watch is not None and (step == 0 or (step + 1) % self.settings.log_every == 0)
+        self._own = own = self.processes.share(batch)
         size = self.settings.micro_batch_size or len(batch)
         for start in range(0, len(own), size):
             yield self._part(own[start : start + size], weights, known)
@@ -184,7 +219,11 @@ class OuterLoop:
             mean = (losses * counts).sum() / known[round]
             self._figures[f"loss/round {round}"] += mean.item()
             parts.append(weights[round] * mean)
-        return torch.stack(parts).sum()
+        total = torch.stack(parts).sum()
+        if not total.requires_grad and any(each.requires_grad for each in self.system.trainable_parameters().values()):
+            # No optimizer could do anything with it.
+            raise NumericsError(f"the loss depends on no link. {missing_gradients([backflow])[0]}")
+        return total
 
     def within_reach(self, num_rounds: int) -> Sequence[Question]:
         """The questions whose answers so many rounds can find. Raises `ConfigError` if there is none."""
@@ -201,21 +240,39 @@ class OuterLoop:
     ) -> dict[int, Float[Tensor, " batch"]]:
         """Cross-entropy of each question's answer after each of some rounds."""
         losses: dict[int, Tensor] = {}
-        turns = self.system.unroll(
-            [question.text for question in batch],
-            num_rounds=max(rounds),
-            answer_rounds=tuple(rounds),
-            latent_source=self.settings.latent_source,
-            keys=[question.id for question in batch],
-            judge=lambda played: self._answer_loss(played, batch),
-            recompute=self.settings.recompute,
-        )
-        with backflow.recording():
-            for played in turns:
+        listening = self.watch.listening() if self.watch and self._is_looked_at else nullcontext()
+        with backflow.recording(), listening:
+            for played in self.unroll(batch, tuple(rounds), lambda played: self._answer_loss(played, batch)):
                 backflow.watch(played)
                 if played.loss is not None:
                     losses[played.turn.round] = played.loss
         return losses
+
+    def unroll(
+        self,
+        batch: Sequence[Question],
+        rounds: Sequence[int],
+        judge: Callable[[PlayedTurn], Tensor] | None = None,
+    ) -> Iterator[PlayedTurn]:
+        """The turns of a batch whose answers after some rounds are judged, as they are played in training."""
+        return self.system.unroll(
+            [question.text for question in batch],
+            num_rounds=max(rounds),
+            answer_rounds=tuple(rounds),
+            latent_source=self.settings.latent_source,
+            targets=self._targets(batch),
+            keys=[question.id for question in batch],
+            judge=judge,
+            recompute=self.settings.recompute,
+        )
+
+    def _targets(self, batch: Sequence[Question]) -> dict[str, list[str]]:
+        """What roles are given to read before they send; the answering one only where the answer may leak."""
+        if self.settings.latent_source != "targets":
+            return {}
+        answers = self.system.pattern.answers
+        found = {role: [each.targets[role] for each in batch] for role in given_targets(self.system)}
+        return {**found, answers: [each.answer for each in batch]} if self.settings.leak_answer else found
 
     def observe(self, step: int) -> dict[str, float]:
         """Figures of the step whose gradients have just been computed. Raises `NumericsError` naming what is wrong."""
@@ -227,7 +284,27 @@ class OuterLoop:
             # Of this process's share: sample by sample, so that it says enough.
             self._figures |= figures([backflow for _, backflow in self._backflows])
             self._figures |= self._link_figures()
+            self._figures |= self.watch.figures() if self.watch else {}
+        if self.watch:
+            self._look(step, self.watch)
         return self._figures
+
+    def _look(self, step: int, watch: Watch) -> None:
+        """See whether something has gone wrong, in any process, and tell it."""
+        watch.follow(self._backflows)
+        found = watch.look(step, self._backflows) if self._is_looked_at else []
+        if step == 0 and self.processes.is_first:
+            found += watch.new(step, self.find_leak(self._own))
+        for finding in dict.fromkeys(each for share in self.processes.gather(found) for each in share):
+            if self.warn is not None:
+                self.warn(finding)
+
+    def find_leak(self, batch: Sequence[Question]) -> list[Finding]:
+        """What says that agents are told the gold answers of some questions; as a rule nothing does."""
+        rounds = tuple(self.settings.weights_of(self.num_rounds))
+        others = [question.answer for question in self.questions[:_OTHERS]]
+        found = find_leak(lambda asked: self.unroll(asked, rounds), batch, others)
+        return [] if found is None else [found]
 
     def _link_figures(self) -> dict[str, float]:
         """Gradient norm of each link over all rounds, before and after global clipping."""
@@ -244,15 +321,26 @@ class OuterLoop:
         share = self.settings.distillation
         losses = torch.zeros(len(batch), device=played.reading.state.device)
         if share < 1:
-            losses = (1 - share) * played.agent.loss(played.reading, [question.answer for question in batch])
+            answers = [question.answer for question in batch]
+            losses = (1 - share) * played.agent.loss(
+                played.reading,
+                answers,
+                as_rendered=self._as_rendered,
+                is_cut=[question.is_cut for question in batch],
+            )
         if share > 0:
-            losses = losses + share * expected_loss(played.agent, played.reading, batch)
+            expected = expected_loss(played.agent, played.reading, batch, as_rendered=self._as_rendered)
+            losses = losses + share * expected
         if not bool(losses.isfinite().all()):
             raise NumericsError(
                 f"the loss of the {played.turn.role}'s answer in round {played.turn.round} is not finite for "
                 f"{say_samples((~losses.isfinite()).tolist(), [question.id for question in batch])}."
             )
         return losses
+
+    @property
+    def _as_rendered(self) -> bool:
+        return self.settings.latent_source == "targets"
 
     def _anchor_loss(self, generator: torch.Generator) -> Float[Tensor, ""]:
         through_inner = self.system.settings.message == "inner+outer"
@@ -263,10 +351,13 @@ class OuterLoop:
             states, targets = pairs.states[chosen], pairs.targets[chosen]
             features = self.system.agents[Edge.parse(name).source].inner_link(states) if through_inner else states
             losses.append(alignment_loss(self.system.links[name], features, targets))
-        return torch.stack(losses).mean()
+        # Every link is where its sender is.
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
-def expected_loss(agent: Agent, reading: Reading, batch: Sequence[Question]) -> Float[Tensor, " batch"]:
+def expected_loss(
+    agent: Agent, reading: Reading, batch: Sequence[Question], *, as_rendered: bool = False
+) -> Float[Tensor, " batch"]:
     """Cross-entropy against the posterior: of every answer that is possible, weighted by its probability."""
     rows, texts, weights = [], [], []
     for row, question in enumerate(batch):
@@ -276,7 +367,7 @@ def expected_loss(agent: Agent, reading: Reading, batch: Sequence[Question]) -> 
             weights.append(probability)
     device = reading.state.device
     places = torch.tensor(rows, device=device)
-    losses = agent.loss(reading.select(places), texts)
+    losses = agent.loss(reading.select(places), texts, as_rendered=as_rendered)
     weighted = losses * torch.tensor(weights, device=device, dtype=losses.dtype)
     return torch.zeros(len(batch), device=device, dtype=losses.dtype).index_add(0, places, weighted)
 
@@ -284,6 +375,26 @@ def expected_loss(agent: Agent, reading: Reading, batch: Sequence[Question]) -> 
 def trained_links(system: RecursiveSystem, settings: OuterSettings) -> dict[str, RecursiveLink]:
     """The links that learn: all of them, or the outer ones."""
     return dict(system.all_links if settings.trained == "inner+outer" else system.links)
+
+
+def given_targets(system: RecursiveSystem) -> tuple[str, ...]:
+    """The roles that are given a text where latents are taken from targets: all that send, but the answering one."""
+    senders = {edge.source for edge in system.pattern.graph} - {system.pattern.answers}
+    return tuple(role for role in system.pattern.roles if role in senders)
+
+
+def check_questions(system: RecursiveSystem, questions: Sequence[Question], settings: OuterSettings) -> None:
+    """Raise `InputError` if there is no question, or one lacks what these settings need."""
+    if not questions:
+        raise InputError("there are no questions for the outer loop")
+    if settings.latent_source == "targets":
+        for question in questions:
+            for role in given_targets(system):
+                if not question.targets.get(role, "").strip():
+                    raise InputError(
+                        f"the question {question.id} has no target for the {role}, and latent_source: targets takes "
+                        f"latents from what each role should write; give the questions a column '{role}'"
+                    )
 
 
 def learning_rate_ratios(system: RecursiveSystem, settings: OuterSettings) -> dict[str, float]:
@@ -311,6 +422,15 @@ def check_outer(system: RecursiveSystem, settings: OuterSettings) -> None:
         )
 
 
+def logged_warnings(run: RunDirectory) -> list[str]:
+    """What a run was warned of in the outer loop, also before it was stopped and went on; each thing once."""
+    log = run.path / "metrics.jsonl"
+    if not log.exists():
+        return []
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if "warning" in line]
+    return list({(each["cause"], each["place"]): each["warning"] for each in records if "warning" in each}.values())
+
+
 def train_outer(
     system: RecursiveSystem,
     questions: Sequence[Question],
@@ -321,23 +441,33 @@ def train_outer(
     seed: int = 0,
     run: RunDirectory | None = None,
     progress: Progress | None = None,
+    warn: Warn | None = None,
     processes: Processes = ALONE,
 ) -> Fitted:
     """Train the links of a system in place through its own recursion; they end as they did best on validation.
 
     `validate` scores the system on held-out questions, the higher the better; without it the last weights are kept.
+    What seems wrong on the way (see watch.py) is logged, and told to `warn`; it stops nothing.
     Raises `NumericsError` when something is not finite, or diverges: the best weights are in place then.
     """
     check_outer(system, settings)
-    if not questions:
-        raise InputError("there are no questions for the outer loop")
-    loop = OuterLoop(system, questions, settings, seed, anchors or {}, processes)
+    check_questions(system, questions, settings)
     for link in system.all_links.values():
         link.float()
     trained = trained_links(system, settings)
     parameters = {
         f"{name}/{tensor}": parameter for name, link in trained.items() for tensor, parameter in link.named_parameters()
     }
+    ratios = learning_rate_ratios(system, settings)
+
+    def tell(finding: Finding) -> None:
+        if run is not None:
+            run.log({"stage": "outer", "step": finding.step, **finding.to_plain()})
+        if warn is not None:
+            warn(finding)
+
+    watch = Watch(system, trained, ratios)
+    loop = OuterLoop(system, questions, settings, seed, anchors or {}, processes, watch, tell)
     validation = None
     if validate is not None:
         validation = Validation(lambda: validate(system), settings.validate_every, settings.patience)
@@ -346,7 +476,7 @@ def train_outer(
         parameters,
         loop.losses,
         settings,
-        lr_ratios=learning_rate_ratios(system, settings),
+        lr_ratios=ratios,
         observe=loop.observe,
         validation=validation,
         run=run,

@@ -3,6 +3,8 @@
 Neither the hash nor what it is taken of must ever change: agents are pretrained on one side of it. Knows no world.
 """
 
+import hashlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,3 +27,14 @@ def is_in(bucket: NDArray[np.int64], split: str) -> NDArray[np.bool_]:
     if split not in SPLITS:
         raise ConfigError(unknown_name("split", split, SPLITS))
     return np.isin(bucket, SPLITS[split])
+
+
+def split_of(question: str) -> str:
+    """The split of a question that is given as text, whatever blanks stand between its words.
+
+    >>> split_of("What is  2 + 2?\\n") == split_of("What is 2 + 2?")
+    True
+    """
+    digest = hashlib.sha256(" ".join(question.split()).encode("utf-8", "surrogatepass")).digest()
+    bucket = bucket_of(np.array([int.from_bytes(digest[:8], "little")], dtype=np.uint64))[0]
+    return next(split for split, buckets in SPLITS.items() if bucket in buckets)

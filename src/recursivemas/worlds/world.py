@@ -9,13 +9,14 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from recursivemas.errors import ConfigError, unknown_name
-from recursivemas.evaluation.task import Sample
+from recursivemas.evaluation.task import Measure, Sample
 from recursivemas.models import LanguageModel
 from recursivemas.training.data import RoleSample
 from recursivemas.training.loop import Progress, RunDirectory
@@ -28,9 +29,13 @@ class World(ABC):
     name: str
     roles: tuple[str, ...]
     pattern: str
+    role_names: Mapping[str, str] = MappingProxyType({})
+    """What the pattern's roles are called here, where they are called otherwise."""
     prompts: str
     scorer: str
     """Name of a scorer (`evaluation/scorers.py`)."""
+    measures: Mapping[str, Measure] = MappingProxyType({})
+    """What else is worth measuring in an answer, by name."""
     variants: tuple[str, ...]
     """Kinds of notes: variants of the prompt set. The first is what links are trained on by default."""
     settings: Mapping[str, Any]
@@ -53,6 +58,10 @@ class World(ABC):
     @abstractmethod
     def answer_text(self, target: str) -> str:
         """What the answering role should write for the target of a sample."""
+
+    def answer_of(self, sample: Sample, target: str | None = None) -> str:
+        """The whole of what it should write about a sample, if the target were another one, where that is given."""
+        return self.answer_text(sample.target if target is None else target)
 
     @abstractmethod
     def pretraining_batch(self, role: str, rng: np.random.Generator, size: int) -> list[RoleSample]:
