@@ -67,9 +67,9 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "loudness": Limit(4.0, (0.45, 1.2)),
-    "quietness": Limit(0.1, (0.45, 1.2)),
-    "spread": Limit(0.02, (0.17, 5.2)),
+    "loudness": Limit(4.0, (0.45, 1.9)),
+    "quietness": Limit(0.1, (0.45, 1.9)),
+    "spread": Limit(0.02, (0.13, 7.8)),
     "directions": Limit(0.1, (0.3, 3.0)),
     "outlier": Limit(6.0, (1.0, 1.8)),
     "rounded": Limit(0.5, (0.0, 0.0005)),
