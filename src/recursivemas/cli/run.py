@@ -122,6 +122,7 @@ def run(
         options |= _recorded_options(recorded, until)
     elif until is not None:
         raise InputError("--until says where a replay stops: give --replay DIR too")
+    _tell_closed(loaded, options["channel"])
     if len(asked) == 1 and samples == 1 and not (as_json or trace or intervene or recorded):
         _stream(loaded, asked[0], options)
         return
@@ -194,6 +195,17 @@ def _channels(given: list[str] | None, default: str | dict[str, str]) -> str | d
             edge, _, name = each.rpartition("=")
             chosen[edge] = name
     return chosen
+
+
+def _tell_closed(system: Any, channel: str | dict[str, str] | None) -> None:
+    """Say whose words are missing where some edges are closed and others are not."""
+    from recursivemas.channels import choose_channels
+
+    edges = [str(edge) for edge in system.pattern.graph]
+    chosen = choose_channels(system.settings.channel if channel is None else channel, edges)
+    closed = [edge for edge in edges if chosen[edge].name == "none"]
+    if closed and len(closed) < len(edges):
+        err.print(f"[dim]nothing is sent on {', '.join(closed)}: these slots stay empty[/dim]", highlight=False)
 
 
 def _recorded_options(recorded: list[Any], until: str | None) -> dict[str, Any]:
