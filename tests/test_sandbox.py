@@ -211,7 +211,7 @@ def sandbox() -> Iterator[Sandbox]:
         ("def f():\n    '''Not a value.'''\nf()", "", None),
         ("import sys\nprint(sys.stdin.read() or 'nothing')", "nothing\n", None),
         ("__name__", "", "'__main__'"),
-        ("import os\nos.getcwd(), os.listdir()", "", "('/tmp', ['program.py'])"),
+        ("import os\nos.getcwd(), os.path.isfile('program.py')", "", "('/tmp', True)"),
         ("open('a', 'w').write('b')\nopen('a').read()", "", "'b'"),
         ("import subprocess\nsubprocess.run('echo hi', shell=True, capture_output=True).stdout", "", r"b'hi\n'"),
         ("import threading\nthreading.Thread(target=print, args=(1,)).start()", "1\n", None),

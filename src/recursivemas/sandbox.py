@@ -592,12 +592,14 @@ def _walls(limits: Limits, filters: int | None) -> list[str]:
             bubblewrap += ["--ro-bind", name, name]
     for name in ("/etc/ld.so.cache", "/etc/alternatives"):
         bubblewrap += ["--ro-bind-try", name, name]
+    # The scratch directory comes first: what lies below its place outside (a project in /tmp) is put into it.
+    size = ["--size", str(limits.scratch)] if "--size" in _bwrap_options() else []
+    bubblewrap += [*size, "--tmpfs", SCRATCH]
     closed = [folder for folder in own if os.geteuid() == 0 and not _is_open(folder)]
     for folder in own:
         source = f"{_stage()}/{closed.index(folder)}" if folder in closed else folder
         bubblewrap += [*_above(folder), "--ro-bind", source, folder]
-    size = ["--size", str(limits.scratch)] if "--size" in _bwrap_options() else []
-    bubblewrap += ["--dev", "/dev", "--remount-ro", "/dev", *size, "--tmpfs", SCRATCH, "--remount-ro", "/"]
+    bubblewrap += ["--dev", "/dev", "--remount-ro", "/dev", "--remount-ro", "/"]
     bubblewrap += ["--chdir", SCRATCH, *([] if filters is None else ["--seccomp", str(filters)])]
     if os.geteuid() != 0:
         return bubblewrap

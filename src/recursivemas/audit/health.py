@@ -169,17 +169,23 @@ def gain_figures(gains: Float[Tensor, " width"]) -> GainFigures:
 # --- the start, where it is known -------------------------------------------------------------------------------------
 
 
+_DRAWN_FROM = ("agents", "pattern", "prompts", "seed", "message", "links")
+"""Keys of a recipe that decide the links it starts with; others may have changed since it was recorded."""
+
+
 def starting_links(system: RecursiveSystem) -> dict[str, RecursiveLink] | None:
     """The links as they were before training, drawn again: inner ones by role, outer ones by edge.
 
     None if it is not known: the system has no record of its training, or it was trained on from links that were given.
     """
     record = system.training.get("recipe")
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or "seed" not in record:
         return None
+    kept = {name: value for name, value in record.items() if name in _DRAWN_FROM}
+    agents = {} if record.get("agents") else {"system": ""}
     try:
-        agents = {} if record.get("agents") else {"system": ""}
-        recipe = parse(Recipe, {**record, **agents, "output": ""}, where="the record of the training")
+        # Where the text came from says nothing of the start, but a recipe has it.
+        recipe = parse(Recipe, {**kept, **agents, "data": "unknown", "output": ""}, where="the record of the training")
         return starting_system(system, recipe).all_links if recipe.links.start == "new" else None
     except ConfigError:
         return None  # written by another version
