@@ -173,9 +173,13 @@ def _what_it_is(manifest: Manifest) -> str:
         f"# {settings.name}\n\n"
         f"{len(manifest.agents)} frozen language models that hand each other hidden states instead of text, through "
         f"trained links ([recursivemas](https://arxiv.org/abs/2604.25917) in the pattern `{pattern.name}`)."
-        f"{description} The role `{pattern.answers}` answers after {settings.num_rounds} rounds, with "
+        f"{description} The role `{pattern.answers}` answers after {_rounds(settings.num_rounds)}, with "
         f"{settings.num_latent_steps} latent thoughts a turn."
     )
+
+
+def _rounds(number: int) -> str:
+    return f"{number} round" + "s" * (number != 1)
 
 
 def _agents(manifest: Manifest, licences: Mapping[str, str]) -> str:
@@ -279,7 +283,7 @@ def _limits(manifest: Manifest, reports: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "- Links are made for these models, revisions and tokenizers, and are refused with others.",
         "- What the agents can do, and what they get wrong, comes from their base models, and so do terms of use.",
-        f"- Trained with {manifest.settings.num_rounds} rounds and {manifest.settings.num_latent_steps} latent "
+        f"- Trained with {_rounds(manifest.settings.num_rounds)} and {manifest.settings.num_latent_steps} latent "
         "thoughts; with other numbers it is another system.",
         "- What agents hand each other cannot be read; that an answer is right does not show that it was heeded "
         "(`recursivemas inspect links`, and the controls of `recursivemas eval`, can).",
