@@ -8,7 +8,8 @@ import torch
 from tests.conftest import make_model, make_tokenizer
 
 from recursivemas.errors import ConfigError, InputError, ModelError
-from recursivemas.models import LanguageModel, choose_device, choose_dtype
+from recursivemas.loading import choose_device, choose_dtype
+from recursivemas.models import LanguageModel
 
 
 @pytest.fixture(params=["qwen3", "llama", "qwen2"])

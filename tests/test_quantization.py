@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from recursivemas.checkpoint import read_manifest
 from recursivemas.errors import ConfigError, ModelError
-from recursivemas.models import LanguageModel, load_models, options_by_role
+from recursivemas.loading import options_by_role
+from recursivemas.models import LanguageModel, load_models
 from recursivemas.system import RecursiveSystem
 from recursivemas.training.recipe import Recipe, base_system
 

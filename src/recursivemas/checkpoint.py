@@ -30,7 +30,8 @@ from recursivemas.channels import CHANNELS
 from recursivemas.config import Config, parse
 from recursivemas.errors import CheckpointError, ConfigError, ModelError, OutputError, PatternError, unknown_name
 from recursivemas.links import LinkConfig, RecursiveLink
-from recursivemas.models import LanguageModel, choose_dtype
+from recursivemas.loading import choose_dtype
+from recursivemas.models import LanguageModel
 from recursivemas.patterns import Edge, Pattern
 from recursivemas.prompts import PromptSet
 

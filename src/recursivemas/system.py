@@ -48,7 +48,8 @@ from recursivemas.errors import (
 )
 from recursivemas.interventions import INTERVENTIONS, Applied, Intervention, Replay, Zero
 from recursivemas.links import DEFAULT_DESIGN, RecursiveLink
-from recursivemas.models import LanguageModel, load_models, options_by_role
+from recursivemas.loading import options_by_role
+from recursivemas.models import LanguageModel, load_models
 from recursivemas.patterns import Edge, Pattern
 from recursivemas.prompts import PromptSet
 from recursivemas.publishing import CARD, model_card, push

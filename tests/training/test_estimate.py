@@ -11,7 +11,8 @@ from torch import Tensor
 
 from recursivemas.config import override, parse, read_yaml
 from recursivemas.errors import ConfigError, ModelError, PatternError
-from recursivemas.models import LanguageModel, ModelSizes
+from recursivemas.loading import ModelSizes
+from recursivemas.models import LanguageModel
 from recursivemas.system import RecursiveSystem
 from recursivemas.training.estimate import SHIPPED, Estimate, estimate
 from recursivemas.training.recipe import Recipe, base_system, starting_system

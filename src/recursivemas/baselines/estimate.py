@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from recursivemas.errors import ConfigError, unknown_name
-from recursivemas.models import ModelSizes
+from recursivemas.loading import ModelSizes
 from recursivemas.patterns import Turn
 from recursivemas.training.estimate import BYTES, SHIPPED, Calculation, Team, estimate, team_of
 from recursivemas.training.methods import METHODS, FineTuning

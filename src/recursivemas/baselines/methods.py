@@ -22,7 +22,8 @@ from recursivemas.baselines.finetuning import finetune, mean_loss
 from recursivemas.baselines.lora import Adapters, check_installed
 from recursivemas.checkpoint import SystemSettings, find_system, load_agent_model, read_manifest
 from recursivemas.errors import ConfigError, InputError, unknown_name
-from recursivemas.models import LanguageModel, load_models, options_by_role
+from recursivemas.loading import options_by_role
+from recursivemas.models import LanguageModel, load_models
 from recursivemas.patterns import Pattern
 from recursivemas.prompts import PromptSet
 from recursivemas.system import RecursiveSystem

@@ -24,7 +24,8 @@ from recursivemas.agents import Agent
 from recursivemas.config import read_yaml
 from recursivemas.errors import CheckpointError, ModelError, unknown_name
 from recursivemas.links import RecursiveLink
-from recursivemas.models import DTYPES, LanguageModel
+from recursivemas.loading import DTYPES
+from recursivemas.models import LanguageModel
 from recursivemas.patterns import Pattern
 from recursivemas.prompts import PromptSet
 from recursivemas.release.hub import Announce, Snapshot, download_style

@@ -39,7 +39,7 @@ import torch
 
 from recursivemas.checkpoint import find_system, inside, read_link, read_manifest
 from recursivemas.links import LinkConfig, RecursiveLink
-from recursivemas.models import ModelSizes
+from recursivemas.loading import ModelSizes
 from recursivemas.patterns import Edge, Pattern, Turn
 from recursivemas.prompts import PromptSet
 from recursivemas.training.recipe import STAGES, Recipe, settings_of

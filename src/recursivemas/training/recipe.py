@@ -21,7 +21,7 @@ from recursivemas.checkpoint import SystemSettings
 from recursivemas.config import Config
 from recursivemas.errors import ConfigError, InputError, OutputError, PatternError, unknown_name
 from recursivemas.links import DEFAULT_DESIGN
-from recursivemas.models import options_by_role
+from recursivemas.loading import options_by_role
 from recursivemas.patterns import Edge, Pattern
 from recursivemas.prompts import PromptSet
 from recursivemas.system import RecursiveSystem
