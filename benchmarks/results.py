@@ -2,7 +2,7 @@
 
     python benchmarks/results.py                   all of it, on two cores: hours; stopped, it goes on where it was
     python benchmarks/results.py ward relay        only what concerns some worlds
-    python benchmarks/results.py --only write      write docs/results.md anew from what is there
+    python benchmarks/results.py panel --only write    write the tables of a world anew from what is there
     python benchmarks/results.py --only time       speed, one evaluation after the other; let nothing else run
 
 Every run is made by the command that a reader would type; it is printed, and kept beside its result in
@@ -781,16 +781,23 @@ def _save(figure: Any, name: str) -> None:
     plt.close(figure)
 
 
-def write() -> None:
-    """Put every table between its markers."""
+def write(worlds: Sequence[str]) -> None:
+    """Put the tables of some worlds between their markers."""
     text = DOCUMENT.read_text()
     for name, make in TABLES.items():
+        if _world_of(name) not in worlds:
+            continue
         start, end = f"<!-- table: {name} -->", "<!-- end -->"
         if start not in text:
             raise SystemExit(f"{DOCUMENT} has no marker {start}")
         head, tail = text.split(start)
         text = f"{head}{start}\n{make()}\n{end}{tail.split(end, 1)[1]}"
     DOCUMENT.write_text(text)
+
+
+def _world_of(table_name: str) -> str:
+    """The world a table is about; the table `speed` is of ward."""
+    return "ward" if table_name == "speed" else table_name.split()[0]
 
 
 def compute_ceilings() -> None:
@@ -801,18 +808,20 @@ def compute_ceilings() -> None:
             _type(["python", "benchmarks/panel_ceilings.py", "--system", system, "--out", str(file)], PLACE / "panel")
 
 
-def take_time() -> None:
+def take_time(worlds: Sequence[str]) -> None:
     """Speed on a quiet machine: the arms take turns batch by batch within each evaluation."""
     for size in (1, 16, 64, 250):
         for repeat in (1, 2):
             for world, folder in SPEED_PLACES.items():
+                if world not in worlds:
+                    continue
                 place = PLACE / folder / f"batch {size}, {repeat}"
                 count = {1: 40, 16: 400}.get(size, 1000)
                 if not (place / "report.json").exists():
                     command = ["recursivemas", "eval", world, "--task", world, "-n", str(count), "--seed", str(repeat)]
                     _type([*command, "--arms", "latent,text", "--batch-size", str(size), "--out", str(place)], place)
     file = PLACE / "consult" / "cost.json"
-    if not file.exists():
+    if "consult" in worlds and not file.exists():
         _type(["python", "benchmarks/consult_cost.py", "--out", str(file)], PLACE / "consult")
 
 
@@ -832,9 +841,9 @@ def main() -> None:
         if "panel" in given.worlds:
             compute_ceilings()
     if given.only in (None, "time"):
-        take_time()
+        take_time(given.worlds)
     if given.only in (None, "write"):
-        write()
+        write(given.worlds)
 
 
 if __name__ == "__main__":

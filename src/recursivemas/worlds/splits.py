@@ -38,3 +38,21 @@ def split_of(question: str) -> str:
     digest = hashlib.sha256(" ".join(question.split()).encode("utf-8", "surrogatepass")).digest()
     bucket = bucket_of(np.array([int.from_bytes(digest[:8], "little")], dtype=np.uint64))[0]
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
+
+
+def with_spare(num_samples: int) -> int:
+    """How many cases to draw where so many distinct ones are wanted: a few always come twice."""
+    return num_samples + num_samples // 50 + 8
+
+
+def first_distinct(values: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
+    """Rows of the first so many distinct cases, in their order; `values` is (case, finding).
+
+    Raises `ConfigError` if there are fewer.
+    """
+    _, first = np.unique(values, axis=0, return_index=True)
+    if len(first) < num_samples:
+        raise ConfigError(
+            f"only {len(first)} distinct cases were found where {num_samples} were asked for; ask for fewer"
+        )
+    return np.sort(first)[:num_samples]

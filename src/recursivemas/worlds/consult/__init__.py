@@ -8,7 +8,6 @@
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from recursivemas.errors import ConfigError
 from recursivemas.evaluation.task import Sample
 from recursivemas.training.data import RoleSample
 from recursivemas.worlds.causes import Cases
@@ -27,6 +26,7 @@ from recursivemas.worlds.consult.cases import (
     vocabulary,
     write_notes,
 )
+from recursivemas.worlds.splits import first_distinct, with_spare
 from recursivemas.worlds.tokenizers import build_tokenizer
 from recursivemas.worlds.world import World
 
@@ -110,13 +110,8 @@ class Consult(World):
         return build_tokenizer(self.agent_recipes[role], [*vocabulary(), *curriculum.protocol_words().split()])
 
     def _distinct(self, split: str, num_samples: int, seed: int) -> Cases:
-        cases = self.cases.draw(self.rng("cases", split, "", seed), num_samples + num_samples // 50 + 8, split=split)
-        _, first = np.unique(cases.values, axis=0, return_index=True)
-        if len(first) < num_samples:
-            raise ConfigError(
-                f"only {len(first)} distinct cases were found where {num_samples} were asked for; ask for fewer"
-            )
-        return cases[np.sort(first)[:num_samples]]
+        cases = self.cases.draw(self.rng("cases", split, "", seed), with_spare(num_samples), split=split)
+        return cases[first_distinct(cases.values, num_samples)]
 
 
 class ConsultBlind(Consult):

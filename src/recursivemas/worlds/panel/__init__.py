@@ -12,7 +12,6 @@ from types import MappingProxyType
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from recursivemas.errors import ConfigError
 from recursivemas.evaluation.task import Sample
 from recursivemas.training.data import RoleSample
 from recursivemas.worlds.causes import Cases
@@ -31,6 +30,7 @@ from recursivemas.worlds.panel.cases import (
     name_text,
     vocabulary,
 )
+from recursivemas.worlds.splits import first_distinct, with_spare
 from recursivemas.worlds.tokenizers import build_tokenizer
 from recursivemas.worlds.world import World
 
@@ -114,10 +114,5 @@ class Panel(World):
     def distinct_cases(self, split: str, num_samples: int, seed: int) -> Cases:
         """The cases of `samples`, as arrays. Raises `ConfigError` for more than there are."""
         rng = self.rng("cases", split, "", seed)
-        cases = self.cases.draw(rng, num_samples + num_samples // 50 + 8, split=split)
-        _, first = np.unique(cases.values, axis=0, return_index=True)
-        if len(first) < num_samples:
-            raise ConfigError(
-                f"only {len(first)} distinct cases were found where {num_samples} were asked for; ask for fewer"
-            )
-        return cases[np.sort(first)[:num_samples]]
+        cases = self.cases.draw(rng, with_spare(num_samples), split=split)
+        return cases[first_distinct(cases.values, num_samples)]

@@ -8,9 +8,9 @@
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from recursivemas.errors import ConfigError
 from recursivemas.evaluation.task import Sample
 from recursivemas.training.data import RoleSample
+from recursivemas.worlds.splits import first_distinct, with_spare
 from recursivemas.worlds.tokenizers import build_tokenizer
 from recursivemas.worlds.ward import curriculum
 from recursivemas.worlds.ward.agents import AGENT_RECIPES
@@ -104,10 +104,5 @@ class Ward(World):
 
     def _distinct(self, split: str, num_samples: int, seed: int) -> Cases:
         rng = self.rng("cases", split, "", seed)
-        cases = self.cases.draw(rng, num_samples + num_samples // 50 + 8, split=split)
-        _, first = np.unique(cases.values, axis=0, return_index=True)
-        if len(first) < num_samples:
-            raise ConfigError(
-                f"only {len(first)} distinct cases were found where {num_samples} were asked for; ask for fewer"
-            )
-        return cases[np.sort(first)[:num_samples]]
+        cases = self.cases.draw(rng, with_spare(num_samples), split=split)
+        return cases[first_distinct(cases.values, num_samples)]
