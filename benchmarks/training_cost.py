@@ -2,6 +2,7 @@
 
     python benchmarks/training_cost.py                  ward and relay: train, evaluate, write docs/results.md; hours
     python benchmarks/training_cost.py ward --methods lora,full      only some; stopped, it goes on where it was
+    python benchmarks/training_cost.py --only search    learning rates of the baselines, on validation; an hour
     python benchmarks/training_cost.py paper            the paper's configurations, by calculation; minutes
     python benchmarks/training_cost.py --only write     write the tables anew from what is there
 
@@ -35,6 +36,8 @@ PRICE_PER_HOUR = 2.5
 """Assumed, for an hour of one device of FLOPS_PER_SECOND."""
 FLOPS_PER_SECOND = 4e14
 """Assumed: sustained in bfloat16."""
+SEARCHED = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3), "text": (2e-4, 5e-4, 1.5e-3)}
+"""Learning rates that are tried on the validation split; the recipe holds the best."""
 ARMS = {"links": "latent,none,shuffled", "text": "text,none", "untrained": "text,solo"}
 """What is asked of each method, with its controls; others stand alone."""
 
@@ -75,6 +78,41 @@ def type_in(command: list[str], world: str) -> None:
     )
     if done.returncode != 0:
         raise SystemExit(f"{line}\nfailed: {done.stderr.strip().splitlines()[-1:]}")
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+def place_of_rate(world: str, method: str, rate: float) -> Path:
+    return PLACE / world / "rates" / f"{method} {rate:g}"
+
+
+def search(world: str, methods: Sequence[str]) -> None:
+    """Train every baseline with every rate, and print how each does on validation."""
+    for method in methods:
+        for rate in SEARCHED.get(method, ()):
+            place = place_of_rate(world, method, rate)
+            settings = [f"method.{method}.lr={rate:g}", f"output={place}"]
+            if not (place / method / "system").exists():
+                given = [part for each in settings for part in ("--set", each)]
+                type_in(["recursivemas", "train", f"recipes/{world}.yaml", "--method", method, *given], world)
+            print(f"{world} {method} lr {rate:g}: validation {validation_of(place / method):.4f}", flush=True)
+
+
+def validation_of(place: Path) -> float:
+    """The best score on validation: of the steps of one model, or of the wordings of a text system."""
+    report = json.loads((place / "system" / "system.json").read_text())["training"]["report"]
+    return max(report["validation"].values())
+
+
+def rates_table(world: str) -> str:
+    rows = []
+    for method, rates in SEARCHED.items():
+        for rate in rates:
+            place = place_of_rate(world, method, rate) / method
+            is_there = (place / "system" / "system.json").exists()
+            rows.append([method, f"{rate:g}", f"{validation_of(place):.3f}".replace("0.", ".") if is_there else "–"])
+    return table(["method", "learning rate", "validation"], rows)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -166,12 +204,15 @@ def write(names: Sequence[str]) -> None:
     """Put the tables between their markers."""
     text = DOCUMENT.read_text()
     for name in names:
-        start, end = f"<!-- table: {name} cost -->", "<!-- end -->"
-        if start not in text:
-            raise SystemExit(f"{DOCUMENT} has no marker {start}")
-        head, tail = text.split(start)
-        made = paper_table() if name == "paper" else world_table(name)
-        text = f"{head}{start}\n{made}\n{end}{tail.split(end, 1)[1]}"
+        made = {f"{name} cost": paper_table() if name == "paper" else world_table(name)}
+        if name in WORLDS:
+            made[f"{name} rates"] = rates_table(name)
+        for kind, lines in made.items():
+            start, end = f"<!-- table: {kind} -->", "<!-- end -->"
+            if start not in text:
+                raise SystemExit(f"{DOCUMENT} has no marker {start}")
+            head, tail = text.split(start)
+            text = f"{head}{start}\n{lines}\n{end}{tail.split(end, 1)[1]}"
     DOCUMENT.write_text(text)
 
 
@@ -179,10 +220,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=[*WORLDS, "paper"], help="ward, relay, paper")
     parser.add_argument("--methods", default=",".join(("untrained", *METHODS)), help="separated by commas")
-    parser.add_argument("--only", choices=["run", "write"], help="do one of the two steps")
+    parser.add_argument("--only", choices=["search", "run", "write"], help="do one of the steps")
     given = parser.parse_args()
+    worlds = [name for name in given.names if name in WORLDS]
+    if given.only == "search":
+        for world in worlds:
+            search(world, given.methods.split(","))
     if given.only in (None, "run"):
-        for world in (name for name in given.names if name in WORLDS):
+        for world in worlds:
             for method in given.methods.split(","):
                 for command in commands(world, method):
                     type_in(command, world)
