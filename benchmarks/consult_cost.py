@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from recursivemas.answering import Result
 from recursivemas.evaluation.metrics import mean
-from recursivemas.system import RecursiveSystem, Result
+from recursivemas.system import RecursiveSystem
 from recursivemas.worlds import load_world
 
 BATCHES = (1, 32, 250)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from recursivemas import LanguageModel, RecursiveSystem, SamplingParams
-from recursivemas.system import Result
+from recursivemas.answering import Result
 from recursivemas.trace import Meter
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"

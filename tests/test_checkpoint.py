@@ -365,7 +365,7 @@ def test_an_interrupted_save_leaves_nothing_behind(
     def stop(*args: Any) -> None:
         raise fault
 
-    monkeypatch.setattr("recursivemas.system.write_manifest", stop)
+    monkeypatch.setattr("recursivemas.assembly.write_manifest", stop)
     with pytest.raises((KeyboardInterrupt, OutputError)):
         system.save_pretrained(tmp_path / "saved", overwrite=overwrite)
     assert everything_in(tmp_path) == before

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from recursivemas import recursion
 from recursivemas.agents import Agent
+from recursivemas.answering import Result
 from recursivemas.chorus import Chorus
 from recursivemas.decoding import SamplingParams
 from recursivemas.errors import InputError
 from recursivemas.models import LanguageModel
-from recursivemas.system import RecursiveSystem, Result
+from recursivemas.system import RecursiveSystem
 
 TOLERANCE = 1e-4
 SPECIALISTS = ("math", "code", "science")

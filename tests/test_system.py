@@ -9,11 +9,13 @@ import torch
 from tests.conftest import make_model
 
 from recursivemas.agents import Agent
+from recursivemas.answering import Result, TextDelta
 from recursivemas.decoding import SamplingParams
 from recursivemas.errors import CheckpointError, ConfigError, InputError, NumericsError, PatternError
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
-from recursivemas.system import PlayedTurn, RecursiveSystem, Result, TextDelta
+from recursivemas.recursion import PlayedTurn
+from recursivemas.system import RecursiveSystem
 
 MakeSystem = Callable[..., RecursiveSystem]
 

@@ -9,11 +9,12 @@ import torch
 from tests.conftest import make_model
 from torch import Tensor
 
+from recursivemas.answering import Result
 from recursivemas.errors import ConfigError, PatternError
 from recursivemas.models import LanguageModel
 from recursivemas.patterns import BUNDLED, Pattern
 from recursivemas.prompts import PromptSet
-from recursivemas.system import RecursiveSystem, Result
+from recursivemas.system import RecursiveSystem
 
 TOLERANCE = 1e-4
 PATTERNS = sorted(file.stem for file in BUNDLED.glob("*.yaml"))

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from recursivemas.answering import Result
 from recursivemas.errors import CheckpointError, ConfigError, InputError, OutputError
 from recursivemas.interventions import Replay
-from recursivemas.system import RecursiveSystem, Result
+from recursivemas.system import RecursiveSystem
 from recursivemas.trace import Meter, Trace, TurnUsage, Usage, load_traces
 
 HOPS = [

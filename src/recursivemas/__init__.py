@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recursivemas.answering import Result
     from recursivemas.decoding import SamplingParams
     from recursivemas.errors import RecursiveMASError
     from recursivemas.links import RecursiveLink
     from recursivemas.models import LanguageModel
     from recursivemas.patterns import Pattern
     from recursivemas.prompts import PromptSet
-    from recursivemas.system import RecursiveSystem, Result
+    from recursivemas.system import RecursiveSystem
     from recursivemas.trace import Trace, Usage
 
 _HOMES = {
@@ -23,7 +24,7 @@ _HOMES = {
     "RecursiveLink": "links",
     "RecursiveMASError": "errors",
     "RecursiveSystem": "system",
-    "Result": "system",
+    "Result": "answering",
     "SamplingParams": "decoding",
     "Trace": "trace",
     "Usage": "trace",

@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console, RenderableType
 
+from recursivemas.answering import Result
 from recursivemas.evaluation.story import Story
-from recursivemas.system import Result
 from recursivemas.trace import Trace, TracedMessage, TurnUsage, Usage
 
 

@@ -12,8 +12,9 @@ import torch
 from tests.families.table import DEAF, TEMPLATES
 from torch import Tensor
 
+from recursivemas.answering import Result
 from recursivemas.models import LanguageModel
-from recursivemas.system import RecursiveSystem, Result
+from recursivemas.system import RecursiveSystem
 
 TOLERANCE = 1e-4
 

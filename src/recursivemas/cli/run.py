@@ -234,8 +234,8 @@ def _recorded_options(recorded: list[Any], until: str | None) -> dict[str, Any]:
 
 def _stream(system: Any, question: str, options: dict[str, Any]) -> None:
     """Tell each turn on stderr and write the answer to stdout as it comes."""
+    from recursivemas.answering import TextDelta
     from recursivemas.recursion import PlayedTurn
-    from recursivemas.system import TextDelta
 
     for event in system.stream(question, **options):
         if isinstance(event, TextDelta):

@@ -27,11 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recursivemas.answering import Result
 from recursivemas.decoding import SamplingParams
 from recursivemas.errors import ConfigError, OutputError, unknown_name
 from recursivemas.evaluation.metrics import mean, paired_difference
 from recursivemas.evaluation.task import Sample, Task
-from recursivemas.system import RecursiveSystem, Result
+from recursivemas.system import RecursiveSystem
 
 ARMS = ("latent", "text", "both", "solo", "none", "zero", "shuffled", "random-link", "no-feedback", "vote", "system")
 CONTROLS = ("none", "zero", "shuffled", "random-link")

@@ -16,10 +16,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from recursivemas.answering import Result
 from recursivemas.evaluation.figures import decimal, say_rounds
 from recursivemas.evaluation.scorers import Score, Scorer, exact, posterior
 from recursivemas.evaluation.task import Sample
-from recursivemas.system import RecursiveSystem, Result
+from recursivemas.system import RecursiveSystem
 from recursivemas.trace import TracedMessage
 
 NUM_LATENTS = 4
