@@ -30,7 +30,7 @@ def reply(model: LanguageModel, texts: list[str], keys: list[str] | None = None,
         return decode(model, cache, state, SamplingParams(**sampling), keys or texts)
 
 
-def generate(model: LanguageModel, text: str, max_new_tokens: int) -> list[int]:
+def generate(model: LanguageModel, text: str, max_new_tokens: int, **options: object) -> list[int]:
     ids = torch.tensor([model.encode(text)])
     new = model.network.generate(
         input_ids=ids,
@@ -39,6 +39,7 @@ def generate(model: LanguageModel, text: str, max_new_tokens: int) -> list[int]:
         do_sample=False,
         eos_token_id=sorted(model.stop_token_ids),
         pad_token_id=model.tokenizer.pad_token_id,
+        **options,
     )
     return new[0, ids.shape[1] :].tolist()
 
@@ -194,6 +195,18 @@ def test_top_p_samples_among_the_likeliest_that_hold_p(model: LanguageModel) -> 
     assert set(found.nonzero().flatten().tolist()) == set(ranked.indices[:4].tolist())
 
 
+@pytest.mark.parametrize("least", [8, 12])
+def test_texts_do_not_end_before_their_least_length_as_in_transformers(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, questions: list[str], least: int
+) -> None:
+    free = with_early_end(model, monkeypatch, questions)
+    found = reply(model, questions, max_new_tokens=12, min_new_tokens=least)
+    assert min(free) < least, "no reply would end too early"
+    for question, each in zip(questions, found, strict=True):
+        assert list(each.token_ids) == generate(model, question, 12, min_new_tokens=least)
+        assert not model.stop_token_ids & set(each.token_ids[:least])
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -204,6 +217,8 @@ def test_top_p_samples_among_the_likeliest_that_hold_p(model: LanguageModel) -> 
         ("top_k", 0),
         ("max_new_tokens", 0),
         ("max_new_tokens", 2.5),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 513),
         ("top_k", 2.5),
         ("temperature", "hot"),
         ("stop", ("",)),

@@ -43,14 +43,14 @@ def test_cached_and_batched_thoughts_equal_the_reference(
     assert len(cache) == length + num_latent_steps - 1
     for row, question in enumerate(questions[:3]):
         embeds = model.embed(torch.tensor(model.encode(question)))
-        expected = latent_rollout_reference(model, embeds, link, num_latent_steps)
+        [expected] = latent_rollout_reference(model, embeds[None], link, num_latent_steps)
         assert (found[row] - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_the_reference_is_equation_1(tiny_models: dict[str, LanguageModel]) -> None:
     model = tiny_models["llama"]
     embeds = model.embed(torch.tensor(model.encode("A plan")))
-    double = latent_rollout_reference(model, embeds, lambda state: 2 * state, 2)
+    [double] = latent_rollout_reference(model, embeds[None], lambda state: 2 * state, 2)
     decoder = model.network.get_decoder()
     first = decoder(inputs_embeds=embeds[None]).last_hidden_state[0, -1]
     second = decoder(inputs_embeds=torch.cat([embeds, 2 * first[None]])[None]).last_hidden_state[0, -1]
@@ -68,6 +68,6 @@ def test_gradients_reach_the_link_from_every_step(tiny_models: dict[str, Languag
     found = torch.autograd.grad(
         (latent_rollout(model, cache, state, link, 4) @ direction).sum(), list(link.parameters())
     )
-    reference = (latent_rollout_reference(model, embeds, link, 4) @ direction).sum()
+    reference = (latent_rollout_reference(model, embeds[None], link, 4) @ direction).sum()
     for gradient, expected in zip(found, torch.autograd.grad(reference, list(link.parameters())), strict=True):
         assert (gradient - expected).norm() <= 1e-4 * expected.norm()

@@ -32,6 +32,8 @@ class SamplingParams:
     top_k: int | None = None
     """Sample among this many likeliest tokens."""
     max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    """End-of-reply tokens are not taken before a text has so many tokens; a stop string still ends it."""
     stop: tuple[str, ...] = ()
     """Text ends before the first of these strings; it always ends at the model's own end-of-reply tokens."""
     seed: int = 0
@@ -44,14 +46,20 @@ class SamplingParams:
             ("top_p", "a number above 0 and at most 1", _is(Real, self.top_p) and 0 < self.top_p <= 1),
             ("top_k", "a whole number, 1 or more", self.top_k is None or _is(Integral, self.top_k, at_least=1)),
             ("max_new_tokens", "a whole number, 1 or more", _is(Integral, self.max_new_tokens, at_least=1)),
+            ("min_new_tokens", "a whole number, 0 or more", _is(Integral, self.min_new_tokens, at_least=0)),
             ("seed", "a whole number", _is(Integral, self.seed)),
             ("stop", "text that is not empty", all(isinstance(each, str) and each for each in self.stop)),
         ):
             if not fits:
                 raise ConfigError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-        for name in ("top_k", "max_new_tokens", "seed"):
+        for name in ("top_k", "max_new_tokens", "min_new_tokens", "seed"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens ({self.max_new_tokens}); lower one "
+                "or raise the other"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ class _Writing:
         self._generators = [torch.Generator().manual_seed(_seed_of(sampling.seed, key)) for key in keys]
         self._rows = list(range(len(keys)))
         self._active = set(self._rows)
+        self._ends_of_text = torch.tensor(sorted(model.stop_token_ids))
         self._texts: list[list[int]] = [[] for _ in keys]
         self._num_generated = [0] * len(keys)
         self._waiting: dict[int, tuple[LatentCache, int]] = {}
@@ -162,6 +171,10 @@ class _Writing:
 
     def _sample(self) -> list[int]:
         logits = self._model.logits(self._state)
+        least = self._sampling.min_new_tokens
+        too_short = [place for place, row in enumerate(self._rows) if self._num_generated[row] < least]
+        if too_short:
+            logits[torch.tensor(too_short).unsqueeze(1), self._ends_of_text] = -torch.inf
         if self._tools is not None:
             for place, row in enumerate(self._rows):
                 if row in self._active and (forbidden := self._tools.forbidden(row, self._texts[row])):

@@ -61,6 +61,8 @@ class Plan:
     """Takes the loss of an answering turn, as a part of that turn."""
     recompute: bool = False
     """Whether the backward pass computes each turn again, instead of keeping all that it needs of all turns."""
+    reuse_prefixes: bool = True
+    """Whether a prompt up to its first slot is read once for all rounds, or in every turn: to compare the two."""
     tools: Toolbox | None = None
     """What the answering role can call while it writes."""
     tools_after: str = "last"
@@ -100,7 +102,8 @@ class Batch:
     keys: Sequence[str]
     plan: Plan
     meter: Meter
-    prefixes: PrefixStore = field(default_factory=PrefixStore)
+    prefixes: PrefixStore | None = None
+    """Beginnings of prompts that have been read, where they are kept."""
     rendered: dict[tuple[str, str], list[Segments]] = field(default_factory=dict)
     sent: Sent = field(default_factory=dict)
 
@@ -126,7 +129,7 @@ class Recursion:
 
     def play(self, questions: Sequence[str], keys: Sequence[str], plan: Plan, meter: Meter) -> Iterator[PlayedTurn]:
         """Play a batch, turn by turn. The answering turn is read, and left to the caller to speak or to score."""
-        batch = Batch(questions, keys, plan, meter)
+        batch = Batch(questions, keys, plan, meter, PrefixStore() if plan.reuse_prefixes else None)
         schedule = self.pattern.schedule(
             plan.num_rounds, answer_rounds=plan.answer_rounds, is_open=plan.is_open, is_known=plan.is_known
         )

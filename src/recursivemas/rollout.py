@@ -4,8 +4,8 @@
 
 h_t is the state at the last position of the prompt, so m thoughts cost m - 1 forward steps of one position each.
 `latent_rollout` keeps what it has read in a cache and works on batches; `latent_rollout_reference` reads everything
-again at every step, one question at a time, and is what the fast way is tested against. Both take a LanguageModel
-and a link; they know nothing of agents, rounds or text.
+again at every step, of rows of one length, and is what the fast way is tested and timed against. Both take a
+LanguageModel and a link; they know nothing of agents, rounds or text.
 """
 
 from collections.abc import Callable
@@ -37,13 +37,13 @@ def latent_rollout(
 
 def latent_rollout_reference(
     model: LanguageModel,
-    inputs_embeds: Float[Tensor, "position hidden_size"],
+    inputs_embeds: Float[Tensor, "batch position hidden_size"],
     inner_link: Link,
     num_latent_steps: int,
-) -> Float[Tensor, "latent_step hidden_size"]:
-    """The same for one question, by reading the whole prompt again at every step."""
+) -> Float[Tensor, "batch latent_step hidden_size"]:
+    """The same from the embeddings of a whole prompt, without padding, which is read again at every step."""
     thoughts: list[Tensor] = []
     for _ in range(num_latent_steps):
-        thoughts.append(model.states_of_embeds(inputs_embeds.unsqueeze(0))[0, -1])
-        inputs_embeds = torch.cat([inputs_embeds, inner_link(thoughts[-1]).unsqueeze(0)])
-    return torch.stack(thoughts)
+        thoughts.append(model.states_of_embeds(inputs_embeds)[:, -1])
+        inputs_embeds = torch.cat([inputs_embeds, inner_link(thoughts[-1]).unsqueeze(1)], dim=1)
+    return torch.stack(thoughts, dim=1)
