@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from recursivemas.errors import ConfigError
 from recursivemas.evaluation.task import Sample
 from recursivemas.tools import Toolbox
 from recursivemas.training.data import RoleSample
@@ -34,6 +33,7 @@ from recursivemas.worlds.desk.cases import (
     vocabulary,
 )
 from recursivemas.worlds.desk.desk_tools import toolbox
+from recursivemas.worlds.splits import first_distinct, with_spare
 from recursivemas.worlds.tokenizers import build_tokenizer
 from recursivemas.worlds.world import World
 
@@ -142,15 +142,9 @@ class Desk(World):
         return build_tokenizer(self.agent_recipes[role], words, digits=True, tags=tags)
 
     def _distinct(self, split: str, num_samples: int, seed: int) -> Cases:
-        rng = self.rng("cases", split, "", seed)
-        cases = self.cases.draw(rng, num_samples + num_samples // 50 + 8, split=split)
+        cases = self.cases.draw(self.rng("cases", split, "", seed), with_spare(num_samples), split=split)
         asked = np.column_stack([cases.values, cases.number])
-        _, first = np.unique(asked, axis=0, return_index=True)
-        if len(first) < num_samples:
-            raise ConfigError(
-                f"only {len(first)} distinct questions were found where {num_samples} were asked for; ask for fewer"
-            )
-        return self.cases.as_filed(cases[np.sort(first)[:num_samples]])
+        return self.cases.as_filed(cases[first_distinct(asked, num_samples)])
 
 
 def searches(text: str) -> list[str]:

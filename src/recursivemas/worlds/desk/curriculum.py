@@ -52,8 +52,8 @@ KINDS: dict[str, dict[Kind, float]] = {
     "reflector": {"note": 0.82, "key": 0.12, "solo": 0.06},
     "toolcaller": {"note": 0.2, "work": 0.42, "alone": 0.06, "list": 0.32},
 }
-"""Share of each kind of batch. `key` and `list` are drills; `work` is an answer with its calls, `alone` the same without
-a note; `solo` the answer of a reflector by itself."""
+"""Share of each kind of batch. `key` and `list` are drills; `work` is an answer with its calls, `alone` one without
+a note, and `solo` the answer of a reflector by itself."""
 
 MISSES = (0.35, 0.3, 0.2, 0.15)
 """Share of answers before which 0, 1, 2 searches fail, or all three: then the answer is `unknown`."""
