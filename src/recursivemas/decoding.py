@@ -131,7 +131,7 @@ class _Writing:
         keep_ends: bool = False,
     ) -> None:
         self._model, self._sampling, self._tools = model, sampling, tools
-        self._cache, self._state = cache, state
+        self._cache, self._state = model.with_room(cache), state
         self._room = list(room) if room is not None else None
         self._generators = [torch.Generator().manual_seed(_seed_of(sampling.seed, key)) for key in keys]
         self._rows = list(range(len(keys)))
@@ -225,7 +225,8 @@ class _Writing:
         must_go = any(row in self._waiting or self._left(row) <= 0 for row in gone)
         if must_go or 2 * len(self._active) <= len(self._rows):
             kept = [place for place, row in enumerate(self._rows) if row in self._active]
-            self._cache = self._cache.select(torch.tensor(kept, device=self._state.device))
+            left = self._cache.select(torch.tensor(kept, device=self._state.device))
+            self._cache = self._model.with_room(left)
             self._rows, tokens = [self._rows[place] for place in kept], [tokens[place] for place in kept]
         inputs_embeds = self._model.embed(torch.tensor(tokens)).unsqueeze(1)
         self._state = self._model.step(self._cache, inputs_embeds)[:, -1]
@@ -236,8 +237,8 @@ class _Writing:
         state = self._model.step(cache, self._model.embed(torch.tensor([[last, *token_ids]])))[:, -1]
         self._texts[row].extend(token_ids)
         if self._rows:
-            cache, state = LatentCache.merge([self._cache, cache]), torch.cat([self._state, state])
-        self._cache, self._state = cache, state
+            cache, state = LatentCache.merge([self._cache.fork(), cache]), torch.cat([self._state, state])
+        self._cache, self._state = self._model.with_room(cache), state
         self._rows.append(row)
         self._active.add(row)
 

@@ -31,6 +31,7 @@ from recursivemas.loading import (
     load_without_weights,
     random_network,
 )
+from recursivemas.static import Backend, CompiledSteps, StaticCache, warn_uncompiled
 
 _EMBEDDING_CHUNK = 16384
 
@@ -64,6 +65,7 @@ class LanguageModel:
         self.source = source
         self.revision = revision
         self.config = network.config.get_text_config()
+        self._compiled: CompiledSteps | None = None
         self._check()
 
     # Making and saving
@@ -126,6 +128,7 @@ class LanguageModel:
         """
         loaded = load_without_weights(str(name_or_path), revision=revision)
         model = cls.__new__(cls)
+        model._compiled = None
         model.network, model.tokenizer, model.config = loaded.network, loaded.tokenizer, loaded.network.config
         model.source, model.revision = None if Path(name_or_path).is_dir() else str(name_or_path), revision
         model._check_text(model.source or model.config.model_type)
@@ -407,9 +410,50 @@ class LanguageModel:
         """An empty cache for this model."""
         return LatentCache.new(self.config, batch_size, self.device)
 
+    def compile(self, enabled: bool = True, *, backend: Backend = "inductor") -> None:
+        """Read single positions in compiled steps from here on, wherever no gradient is asked for (see static.py).
+
+        Or no longer do so. A model that cannot be compiled runs as before, and a `CompileWarning` says why: at once, or
+        at its first step.
+        """
+        self._compiled = None
+        if not enabled:
+            return
+        name = self.source or self.config.model_type
+        reason = self._why_not_compiled()
+        if reason is None:
+            self._compiled = CompiledSteps(name, self.config, self.decoder, backend=backend)
+        else:
+            warn_uncompiled(name, reason)
+
+    def _why_not_compiled(self) -> str | None:
+        if self.new_cache(1).is_recurrent:
+            return "it has linear attention, whose state is replaced at every step"
+        if self.is_quantized:
+            return f"its weights are held in fewer bits ({self.quantization}), by code that is not compiled"
+        if len({each.device for each in self.network.parameters()}) > 1:
+            return "it is spread over several devices"
+        if "flash" in str(self.config._attn_implementation):
+            return "flash attention leaves out masked positions, whose number changes; choose attn_implementation sdpa"
+        return None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether single positions are read in compiled steps."""
+        return self._compiled is not None and not self._compiled.is_given_up
+
+    def with_room(self, cache: LatentCache, num_positions: int = 1) -> LatentCache | StaticCache:
+        """The cache to read single positions into, so many or more: the same, unless steps are compiled.
+
+        Then `cache` is left as it is.
+        """
+        if self._compiled is None or not self.is_compiled or torch.is_grad_enabled() or not len(cache):
+            return cache
+        return StaticCache(self._compiled, cache, num_positions)
+
     def step(
         self,
-        cache: LatentCache,
+        cache: LatentCache | StaticCache,
         inputs_embeds: Float[Tensor, "batch position hidden_size"],
         attention_mask: Int[Tensor, "batch position"] | None = None,
     ) -> Float[Tensor, "batch position hidden_size"]:

@@ -18,8 +18,10 @@ from recursivemas.channels import choose_channels
 from recursivemas.checkpoint import SystemSettings
 from recursivemas.errors import CheckpointError, PatternError, unknown_name
 from recursivemas.links import RecursiveLink
+from recursivemas.models import LanguageModel
 from recursivemas.patterns import Edge, Pattern
 from recursivemas.prompts import PromptSet
+from recursivemas.static import Backend
 
 # Ordinary words, read once by every model of a new system to see how loud its links come out.
 CALIBRATION_TEXT = (
@@ -119,6 +121,19 @@ class Parts:
             for name, link in self.all_links.items()
             for tensor, parameter in link.named_parameters()
         }
+
+    @property
+    def models(self) -> list[LanguageModel]:
+        """The models of all agents; one that several share comes once."""
+        return list({id(agent.model): agent.model for agent in self.agents.values()}.values())
+
+    def compile(self, enabled: bool = True, *, backend: Backend = "inductor") -> None:
+        """Let all agents think and write in compiled steps from here on, or no longer (see `LanguageModel.compile`).
+
+        Results are the same. Of an agent that cannot be compiled a `CompileWarning` says why, and it runs as before.
+        """
+        for model in self.models:
+            model.compile(enabled, backend=backend)
 
     @torch.no_grad()
     def calibrate(self, text: str) -> None:

@@ -27,11 +27,15 @@ def latent_rollout(
     inner_link: Link,
     num_latent_steps: int,
 ) -> Float[Tensor, "batch latent_step hidden_size"]:
-    """The thoughts that follow what `cache` holds, of which `state` is the last hidden state. The cache grows."""
+    """The thoughts that follow what `cache` holds, of which `state` is the last hidden state.
+
+    The cache grows, unless the model's steps are compiled: then it is left as it is.
+    """
     thoughts = [state]
+    growing = model.with_room(cache, num_latent_steps)
     for _ in range(num_latent_steps - 1):
         inputs_embeds = inner_link(thoughts[-1]).unsqueeze(1)
-        thoughts.append(model.step(cache, inputs_embeds)[:, -1])
+        thoughts.append(model.step(growing, inputs_embeds)[:, -1])
     return torch.stack(thoughts, dim=1)
 
 

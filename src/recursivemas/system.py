@@ -90,6 +90,7 @@ class RecursiveSystem(Parts):
         seed: int = 0,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        compile: bool = False,
         **settings: Any,
     ) -> "RecursiveSystem":
         """A new system with untrained links, as loud as their readers are used to.
@@ -97,8 +98,8 @@ class RecursiveSystem(Parts):
         `agents` gives for each role a model, or its Hugging Face name or directory, or a mapping with that as `model`
         and options of its own (dtype, device, device_map, attn_implementation, revision); roles with the same name and
         options share one copy. `prompts` defaults to the bundled set with the pattern's name. `roles` gives roles of
-        the pattern other names, which `agents` then has; prompts in the old names are renamed as well. Settings: see
-        `SystemSettings`.
+        the pattern other names, which `agents` then has; prompts in the old names are renamed as well. `compile`: see
+        the method of this name. Settings: see `SystemSettings`.
         """
         table = Pattern.load(pattern)
         words = PromptSet.load(prompts if prompts is not None else table.name)
@@ -111,6 +112,8 @@ class RecursiveSystem(Parts):
         system = cls(*linked, table, words, chosen)
         system.place_links()
         system.calibrate(CALIBRATION_TEXT)
+        if compile:
+            system.compile()
         return system
 
     @classmethod
@@ -121,11 +124,13 @@ class RecursiveSystem(Parts):
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        compile: bool = False,
     ) -> "RecursiveSystem":
         """Load a bundled system (`"ward"`), a directory, or a Hugging Face repository.
 
         `options` gives agents settings of their own, by role, or `*` for all: device, dtype, device_map, quantization,
-        attn_implementation. Raises `CheckpointError` naming the part that is missing, corrupt, or does not fit.
+        attn_implementation. `compile`: see the method of this name. Raises `CheckpointError` naming the part that is
+        missing, corrupt, or does not fit.
         """
         directory = find_system(name_or_path)
         manifest = read_manifest(directory)
@@ -137,6 +142,8 @@ class RecursiveSystem(Parts):
         except PatternError as error:
             raise CheckpointError(f"the parts in {directory} do not fit together: {error}") from None
         system.place_links()
+        if compile:
+            system.compile()
         return system
 
     @classmethod

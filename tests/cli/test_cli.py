@@ -129,6 +129,7 @@ def test_options_are_frozen() -> None:
                 "seed",
                 "device",
                 "dtype",
+                "compile",
                 "as_json",
             ]
         ),
@@ -172,7 +173,6 @@ def test_options_are_frozen() -> None:
                 "id_column",
                 "scorer",
                 "instructions",
-                "repeated_calls",
                 "temperature",
                 "top_p",
                 "max_new_tokens",
@@ -182,6 +182,7 @@ def test_options_are_frozen() -> None:
                 "seed",
                 "device",
                 "dtype",
+                "compile",
                 "as_json",
             ]
         ),

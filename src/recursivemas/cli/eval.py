@@ -9,6 +9,7 @@ import typer
 from recursivemas.cli.terminal import (
     AsJson,
     BatchSize,
+    Compile,
     Device,
     Dtype,
     LatentSteps,
@@ -33,7 +34,7 @@ def evaluate(
     system: SystemArgument,
     *,
     task: Annotated[
-        str | None, typer.Option(help="A world's questions: ward, relay, panel, consult, consult-blind or desk.")
+        str | None, typer.Option(help="A world's questions: ward, relay, panel, consult or consult-blind.")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Questions of your own.")] = None,
     arms: Annotated[
@@ -56,12 +57,6 @@ def evaluate(
     instructions: Annotated[
         str, typer.Option(help="With --data: what the answering agent is told about the form.")
     ] = "",
-    repeated_calls: Annotated[
-        bool,
-        typer.Option(
-            "--repeated-calls/--no-repeated-calls", help="Whether a tool of the task may be called twice with one text."
-        ),
-    ] = True,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = None,
@@ -74,6 +69,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    compile: Compile = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare latent hand-offs with text and with controls, on the same questions and one meter.
@@ -81,8 +77,8 @@ def evaluate(
     Arms: latent (the system), text (the same agents in text, once for each wording of the prompts), both, solo (the
     answering agent alone; solo:ROLE another one), none (empty slots), zero (zeros), shuffled (another question's
     messages; none:ROLE and shuffled:ROLE those of one sender), random-link, no-feedback (edges that lead back are
-    closed), no-tools (tools are taken away), vote (as many votes of the answering agent alone as take the time of
-    latent; vote:K), system:DIR (another system, as it is).
+    closed), vote (as many votes of the answering agent alone as take the time of latent; vote:K), system:DIR (another
+    system, as it is).
     Writes answers as they come: a run that was stopped goes on with the same command.
 
     [bold]Example:[/bold] recursivemas eval ward --task ward -n 2000 --arms latent,text,solo
@@ -97,9 +93,9 @@ def evaluate(
         raise InputError("say what to answer: either --task NAME or --data FILE.jsonl")
     if n is not None and n < 1:
         raise ConfigError(f"-n must be 1 or more, got {n}")
-    loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype)
+    loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype, compile=compile)
     job = (
-        world_task(loaded, task, split=split, n=2000 if n is None else n, seed=seed, allow_repeats=repeated_calls)
+        world_task(loaded, task, split=split, n=2000 if n is None else n, seed=seed)
         if task is not None
         else file_task(data or Path(), question_column, target_column, id_column, scorer, instructions, n, seed)
     )
@@ -144,7 +140,6 @@ def evaluate(
             scorer=job.scorer,
             instructions=job.instructions,
             num_latent_steps=latent_steps,
-            toolbox=job.toolbox,
         )
     report.write_html([report.Chapter(log, told, f"{log.system} on {job.name}")], place)
     if as_json:
@@ -181,7 +176,7 @@ def watch(run: Any, task: Any) -> Any:
         return run(show)
 
 
-def world_task(system: Any, name: str, *, split: str, n: int, seed: int, allow_repeats: bool = True) -> Any:
+def world_task(system: Any, name: str, *, split: str, n: int, seed: int) -> Any:
     """Questions of a world: of the one whose agents the system is made of, if it is."""
     from recursivemas.evaluation.scorers import SCORERS
     from recursivemas.evaluation.task import Task
@@ -199,7 +194,6 @@ def world_task(system: Any, name: str, *, split: str, n: int, seed: int, allow_r
         scorer=SCORERS[world.scorer],
         optimum={each: world.optimum(samples, each) for each in rounds},
         measures=world.measures,
-        toolbox=world.toolbox(allow_repeats=allow_repeats),
         seed=seed,
     )
 

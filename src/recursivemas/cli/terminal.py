@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -31,6 +32,9 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at ran
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, else the checkpoint's.")
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile thinking and writing: faster on a GPU, after a minute or more.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 LatentSteps = Annotated[int | None, typer.Option("--latent-steps", help="m: latent thoughts of each turn.")]
@@ -99,6 +103,19 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.formatwarning = _as_one_line
+
+
+def _as_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours like all that we say on a terminal; others as Python writes them."""
+    if category.__module__.startswith("recursivemas."):
+        return f"recursivemas: {message}\n"
+    return _as_python_writes(message, category, filename, lineno, line)
+
+
+_as_python_writes = warnings.formatwarning
 
 
 def print_json(value: Any) -> None:
