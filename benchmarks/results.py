@@ -49,6 +49,8 @@ CONSULT_ARMS = "latent,text,solo,solo:expert,none,zero,shuffled,random-link"
 CONSULT_LINK_ARMS = "latent,zero,shuffled"
 CONSULT_STEPS = ((1, "short"), (2, "short"), (4, "short"), (7, "graded"))
 """Latent steps that are compared in consult, with the text whose first tokens links are aligned on."""
+DESK_ARMS = "latent,text,solo,solo:reflector,none,zero,shuffled,random-link,no-feedback,no-tools"
+DESK_LINK_ARMS = "latent,zero,shuffled"
 DESIGNS = ("1-layer", "res-1-layer", "2-layer", "res-2-layer", "ln-res-2-layer")
 UNSTOPPED = ("outer.max_loss_ratio=null",)
 
@@ -69,6 +71,8 @@ class Run:
     """The run whose trained system is evaluated, if it is another's."""
     arms: str = "latent"
     rounds: str = "1,2,3"
+    options: tuple[str, ...] = ()
+    """Further options of the evaluation."""
 
     @property
     def place(self) -> Path:
@@ -96,7 +100,7 @@ class Run:
         if not (self.place / "eval" / "report.json").exists():
             grouped = ["--by", "hops"] if self.world == "relay" else []
             asked = ["--task", self.world, "-n", str(NUM_QUESTIONS), "--batch-size", "250", *grouped]
-            chosen = ["--arms", self.arms, "--rounds", self.rounds, "--out", f"{self.place}/eval"]
+            chosen = ["--arms", self.arms, "--rounds", self.rounds, *self.options, "--out", f"{self.place}/eval"]
             found.append(["recursivemas", "eval", str(trained), *asked, *chosen])
         return found
 
@@ -214,6 +218,12 @@ RUNS = [
     ),
     Run("consult", "trained on 2", outer=("outer.num_rounds=2",), rounds="1,2"),
     Run("consult", "outer links alone", outer=("outer.trained=outer",), rounds="1"),
+    Run("desk", "seed 0", arms=DESK_ARMS, rounds="1,2"),
+    Run("desk", "seed 1", ("seed=1",), arms=DESK_LINK_ARMS, rounds="1,2"),
+    Run("desk", "seed 2", ("seed=2",), arms=DESK_LINK_ARMS, rounds="1,2"),
+    Run("desk", "drawn anew", _anew("desk"), arms=DESK_ARMS, rounds="1,2"),
+    Run("desk", "no call twice", of="seed 0", arms="latent,text,solo", rounds="1,2", options=("--no-repeated-calls",)),
+    Run("desk", "aligned only", stage="aligned", rounds="1,2"),
 ]  # fmt: skip
 
 
@@ -265,7 +275,7 @@ class Outcome:
         self.report: dict[str, Any] = json.loads((self.run.place / "eval" / "report.json").read_text())
         self.scores: dict[str, dict[str, float]] = {}
         self._read_scores(self.run.place)
-        if self.run.arms in (LINK_ARMS, PANEL_LINK_ARMS, CONSULT_LINK_ARMS):
+        if self.run.arms in (LINK_ARMS, PANEL_LINK_ARMS, CONSULT_LINK_ARMS, DESK_LINK_ARMS):
             known = set(self.labels())
             first = json.loads((PLACE / self.run.world / "seed 0" / "eval" / "report.json").read_text())
             self.report["arms"] += [arm for arm in first["arms"] if _label(arm) not in known]
@@ -654,6 +664,81 @@ def consult_cost_table() -> str:
     return table(header, rows)
 
 
+def desk_cells(arm: dict[str, Any]) -> list[str]:
+    """The rank of the search that hits, and the calls of an arm per question."""
+    measured = {name: each["mean"] for name, each in arm["measures"].items()}
+    found = " / ".join(score(measured[f"found within {most}"]) for most in (1, 2, 3))
+    names = ("searches", "wrong searches", "repeated searches", "programs", "wrong programs")
+    return [found, *[f"{measured[name]:.2f}" for name in names]]
+
+
+DESK_CELLS = ("found by search 1 / 2 / 3", "searches", "wrong", "repeated", "programs", "wrong")
+
+
+def desk_table() -> str:
+    """Every arm of the shipped system, with its calls in the last round that it has."""
+    found = outcome("desk", "seed 0")
+    if found is None:
+        return "not made yet"
+    rows = []
+    for label in found.labels():
+        arms = [found.arm(label, each) if found.has(label, each) else None for each in (1, 2)]
+        cells = ["" if arm is None else score(arm["accuracy"], arm["stderr"]) for arm in arms]
+        last = next(arm for arm in reversed(arms) if arm is not None)
+        costs = [f"{last['generated_tokens']:.1f}", f"{last['latent_steps_total']:.0f}"]
+        rows.append([label, *cells, *desk_cells(last), *costs])
+    best = found.report["optimum"]
+    rows.append(["*optimum*", *[score(best[str(each)]) for each in (1, 2)], *[""] * (len(DESK_CELLS) + 2)])
+    return table(["arm", "r = 1", "r = 2", *DESK_CELLS, "generated tokens", "latent steps"], rows)
+
+
+def desk_seeds_table() -> str:
+    """The claims, for every link seed and for another world with other agents."""
+    rows = []
+    for name in ("seed 0", "seed 1", "seed 2", "drawn anew"):
+        found = outcome("desk", name)
+        if found is None:
+            rows.append([name, *["–"] * 8])
+            continue
+        ours = found.arm("latent", 2)
+        texts = [label for label in found.labels() if label.startswith("text")]
+        best = max(texts, key=lambda label: found.arm(label, 2)["accuracy"])
+        against = found.difference("latent r=2", f"{best} r=2")
+        alone = [(label, 1) for label in ("solo", "solo:reflector")]
+        without = [score(found.arm(*each)["accuracy"]) for each in (*alone, ("no-tools", 2))]
+        tokens = ours["generated_tokens"] / found.arm(best, 2)["generated_tokens"]
+        rows.append(
+            [
+                name,
+                *[score(found.arm("latent", each)["accuracy"], found.arm("latent", each)["stderr"]) for each in (1, 2)],
+                signed(found.difference("latent r=2", "latent r=1")),
+                score(found.report["optimum"]["2"]),
+                f"{score(found.arm(best, 2)['accuracy'])} ({best.removeprefix('text/')})",
+                f"{signed(against)}, p {'< .001' if against.p_value < 0.001 else f'= {against.p_value:.3f}'}",
+                f"{100 * tokens:.0f} %",
+                " / ".join(without),
+            ]
+        )
+    header = ["", "r = 1", "r = 2", "gain of round 2", "optimum", "best text", "latent − best text", "its tokens"]
+    return table([*header, "tool-caller / reflector alone / no tools"], rows)
+
+
+def desk_repeats_table() -> str:
+    """Calls and accuracy where a tool may be called twice with one text, and where it may not."""
+    rows = []
+    for heading, name in (("as it is", "seed 0"), ("no call twice", "no call twice")):
+        found = outcome("desk", name)
+        if found is None:
+            continue
+        for label in ("latent", "text/short", "text/graded", "solo"):
+            for rounds in (1, 2):
+                if found.has(label, rounds):
+                    arm = found.arm(label, rounds)
+                    accuracy = score(arm["accuracy"], arm["stderr"])
+                    rows.append([heading, label, str(rounds), accuracy, *desk_cells(arm)])
+    return table(["", "arm", "rounds", "accuracy", *DESK_CELLS], rows) if rows else "not made yet"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "consult": lambda: consult_table("consult"),
     "consult seeds": lambda: consult_seeds_table("consult"),
@@ -662,6 +747,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "consult-blind seeds": lambda: consult_seeds_table("consult-blind"),
     "consult designs": consult_designs_table,
     "consult steps": consult_steps_table,
+    "desk": desk_table,
+    "desk seeds": desk_seeds_table,
+    "desk repeats": desk_repeats_table,
     "ward": lambda: main_table("ward"),
     "ward seeds": lambda: seeds_table("ward"),
     "relay": lambda: main_table("relay"),
@@ -827,7 +915,7 @@ def take_time(worlds: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = ["ward", "relay", "panel", "consult", "consult-blind"]
+    everything = ["ward", "relay", "panel", "consult", "consult-blind", "desk"]
     parser.add_argument("worlds", nargs="*", default=everything, help=", ".join(everything))
     parser.add_argument("--only", choices=["run", "time", "write"], help="do one of the three steps")
     parser.add_argument("--match", default="", help="only runs whose name contains this")

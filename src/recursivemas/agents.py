@@ -4,7 +4,7 @@ An agent knows its model, its role and its inner link; it knows nothing of other
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,12 +196,19 @@ class Agent:
         return replies, Reading(cache, state, reading.prompt_tokens, reading.positions)
 
     def loss(
-        self, reading: Reading, texts: Sequence[str], *, as_rendered: bool = False, is_cut: Sequence[bool] = ()
+        self,
+        reading: Reading,
+        texts: Sequence[str],
+        *,
+        as_rendered: bool = False,
+        is_cut: Sequence[bool] = (),
+        unjudged: Sequence[Collection[int]] = (),
     ) -> Float[Tensor, " batch"]:
         """Cross-entropy of each row's reply, mean over its tokens (the end-of-reply token included); eq. 6.
 
         `as_rendered` counts all that the chat template puts after a reply, where otherwise its first token ends it.
-        Nothing is counted after a reply that `is_cut`, of which the end is missing.
+        Nothing is counted after a reply that `is_cut`, of which the end is missing, nor the tokens of each reply, by
+        their place, that are `unjudged`.
         """
         targets = [[*ids, self.model.reply_end_id] for ids in self.model.encode_batch(texts)]
         targets = self._as_rendered(texts) if as_rendered else targets
@@ -219,7 +226,14 @@ class Agent:
                 states = torch.cat([states, following], dim=1)
             logits = self.model.logits(states)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            each = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
+            each = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            if any(unjudged):
+                places = range(labels.shape[1])
+                counts = [[float(place not in unjudged[row]) for place in places] for row in rows]
+                weights = torch.tensor(counts, device=each.device, dtype=each.dtype)
+                each = (each * weights).sum(dim=1) / weights.sum(dim=1)
+            else:
+                each = each.mean(dim=1)
             losses.update(zip(rows, each, strict=True))
         return torch.stack([losses[row] for row in range(len(texts))])
 

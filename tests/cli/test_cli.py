@@ -173,6 +173,7 @@ def test_options_are_frozen() -> None:
                 "id_column",
                 "scorer",
                 "instructions",
+                "repeated_calls",
                 "temperature",
                 "top_p",
                 "max_new_tokens",

@@ -3,7 +3,7 @@
 import pytest
 
 from recursivemas.errors import InputError
-from recursivemas.evaluation.scorers import SCORERS, exact, numeric, posterior
+from recursivemas.evaluation.scorers import SCORERS, exact, numeric, posterior, stated
 
 
 @pytest.mark.parametrize(
@@ -113,5 +113,21 @@ def test_posterior_is_the_probability_of_the_first_choice_that_is_named(
     assert (score.value, score.answer) == (value, read)
 
 
+@pytest.mark.parametrize(
+    ("text", "value", "read"),
+    [
+        ("<result> 84</result> answer 84.", 1.0, "84"),
+        ("answer 12. No: answer 84", 1.0, "84"),
+        ("<result> 84</result> answer 12.", 0.0, "12"),
+        ("<result> 84</result>", 0.0, None),
+        ("84 is the answer.", 0.0, None),
+        ("answer unknown.", 0.0, "unknown"),
+    ],
+)
+def test_stated_is_what_stands_after_the_last_answer(text: str, value: float, read: str | None) -> None:
+    score = stated(text, "84", {})
+    assert (score.value, score.answer) == (value, read)
+
+
 def test_scorers_are_known_by_name() -> None:
-    assert {"exact": exact, "numeric": numeric, "posterior": posterior} == SCORERS
+    assert {"exact": exact, "numeric": numeric, "stated": stated, "posterior": posterior} == SCORERS

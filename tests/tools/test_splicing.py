@@ -346,6 +346,12 @@ def test_a_tool_may_have_a_budget_of_its_own_and_repeats_may_be_refused(one_mode
             assert not repeated or call.result == "error: this call has been made before; its result stands above"
             seen += repeated
     assert seen
+    # What is refused as a repetition is not made, and takes nothing of the tool's own budget.
+    replies = write(one_model, QUESTIONS, Toolbox([FunctionTool("add", "", lambda argument: "1", max_calls=2)], once))
+    for reply in replies:
+        made = [call for call in reply.calls[:5] if call.error is None]
+        distinct = {call.argument.strip() for call in reply.calls[:5]}
+        assert len(made) == min(len(distinct), 2)
 
 
 def test_a_result_is_cut_to_its_tokens_and_to_the_room_there_is(one_model: LanguageModel) -> None:

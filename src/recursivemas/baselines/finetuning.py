@@ -75,6 +75,7 @@ def summed_loss(model: LanguageModel, turns: Sequence[EncodedTurn]) -> Float[Ten
     is_reply = torch.zeros_like(ids, dtype=torch.bool)
     for row, (turn, sequence) in enumerate(zip(turns, sequences, strict=True)):
         is_reply[row, len(turn.prompt_ids) : len(sequence)] = True
+        is_reply[row, [len(turn.prompt_ids) + place for place in turn.unjudged]] = False
     states = model.decoder(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logits = model.logits(states[is_reply[:, 1:]]).float()
     return functional.cross_entropy(logits, ids[is_reply], reduction="sum")
@@ -87,4 +88,4 @@ def _written(turn: EncodedTurn, model: LanguageModel) -> list[int]:
 
 def num_written(turns: Sequence[EncodedTurn]) -> int:
     """Tokens that are learnt to be written in some turns."""
-    return sum(len(turn.target_ids) + (not turn.is_cut) for turn in turns)
+    return sum(len(turn.target_ids) - len(turn.unjudged) + (not turn.is_cut) for turn in turns)

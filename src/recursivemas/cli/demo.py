@@ -33,6 +33,11 @@ INTROS = {
     "from four of twelve findings how probable every cause is, and hand that on to a summarizer, who knows how to "
     "combine what they say, but not what a finding means. A belief over sixteen causes does not fit into a sentence, "
     "so all hangs on how much of it gets through. One round uncovers everything: rounds are not expected to pay here.",
+    "desk": "A desk: somebody asks for a sum about a record, and which of sixteen is meant can only be guessed. A "
+    "reflector can tell from the clues how probable each record is, and what a word of the trade asks for; a "
+    "tool-caller can tell from the file, knows its type, and calls the tools: three searches, in records that are "
+    "drawn anew for each question, and Python for the sum. One clue means something under a type of file only, of "
+    "which the reflector hears from the tool-caller: that is what the second round is for.",
 }
 
 
@@ -95,7 +100,9 @@ def _show(
 
     task = world_task(system, name, split="test", n=n, seed=seed)
     rounds = list(range(1, system.settings.num_rounds + 1))
-    told = story.tell(system, _worth_telling(task.samples), rounds=max(rounds), scorer=task.scorer)
+    told = story.tell(
+        system, _worth_telling(task.samples), rounds=max(rounds), scorer=task.scorer, toolbox=task.toolbox
+    )
     if is_told:
         out.print(story.story_text(told))
     arms = plan_arms(ARMS, rounds, list(system.prompts.variants))

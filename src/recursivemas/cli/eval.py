@@ -34,7 +34,7 @@ def evaluate(
     system: SystemArgument,
     *,
     task: Annotated[
-        str | None, typer.Option(help="A world's questions: ward, relay, panel, consult or consult-blind.")
+        str | None, typer.Option(help="A world's questions: ward, relay, panel, consult, consult-blind or desk.")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Questions of your own.")] = None,
     arms: Annotated[
@@ -57,6 +57,12 @@ def evaluate(
     instructions: Annotated[
         str, typer.Option(help="With --data: what the answering agent is told about the form.")
     ] = "",
+    repeated_calls: Annotated[
+        bool,
+        typer.Option(
+            "--repeated-calls/--no-repeated-calls", help="Whether a tool of the task may be called twice with one text."
+        ),
+    ] = True,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = None,
@@ -77,8 +83,8 @@ def evaluate(
     Arms: latent (the system), text (the same agents in text, once for each wording of the prompts), both, solo (the
     answering agent alone; solo:ROLE another one), none (empty slots), zero (zeros), shuffled (another question's
     messages; none:ROLE and shuffled:ROLE those of one sender), random-link, no-feedback (edges that lead back are
-    closed), vote (as many votes of the answering agent alone as take the time of latent; vote:K), system:DIR (another
-    system, as it is).
+    closed), no-tools (tools are taken away), vote (as many votes of the answering agent alone as take the time of
+    latent; vote:K), system:DIR (another system, as it is).
     Writes answers as they come: a run that was stopped goes on with the same command.
 
     [bold]Example:[/bold] recursivemas eval ward --task ward -n 2000 --arms latent,text,solo
@@ -95,7 +101,7 @@ def evaluate(
         raise ConfigError(f"-n must be 1 or more, got {n}")
     loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype, compile=compile)
     job = (
-        world_task(loaded, task, split=split, n=2000 if n is None else n, seed=seed)
+        world_task(loaded, task, split=split, n=2000 if n is None else n, seed=seed, allow_repeats=repeated_calls)
         if task is not None
         else file_task(data or Path(), question_column, target_column, id_column, scorer, instructions, n, seed)
     )
@@ -140,6 +146,7 @@ def evaluate(
             scorer=job.scorer,
             instructions=job.instructions,
             num_latent_steps=latent_steps,
+            toolbox=job.toolbox,
         )
     report.write_html([report.Chapter(log, told, f"{log.system} on {job.name}")], place)
     if as_json:
@@ -176,7 +183,7 @@ def watch(run: Any, task: Any) -> Any:
         return run(show)
 
 
-def world_task(system: Any, name: str, *, split: str, n: int, seed: int) -> Any:
+def world_task(system: Any, name: str, *, split: str, n: int, seed: int, allow_repeats: bool = True) -> Any:
     """Questions of a world: of the one whose agents the system is made of, if it is."""
     from recursivemas.evaluation.scorers import SCORERS
     from recursivemas.evaluation.task import Task
@@ -194,6 +201,7 @@ def world_task(system: Any, name: str, *, split: str, n: int, seed: int) -> Any:
         scorer=SCORERS[world.scorer],
         optimum={each: world.optimum(samples, each) for each in rounds},
         measures=world.measures,
+        toolbox=world.toolbox(allow_repeats=allow_repeats),
         seed=seed,
     )
 

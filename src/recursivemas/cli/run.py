@@ -54,7 +54,10 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Text ends before this string (may be repeated).")] = None,
     tools: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="What the answering role can call: python, search, or python,search."),
+        typer.Option(
+            metavar="NAMES",
+            help="What the answering role can call: python, search, both, or none. Default: the tools of its world.",
+        ),
     ] = None,
     search_folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="With --tools search: a folder of texts, in place of the web.")
@@ -102,7 +105,9 @@ def run(
     asked = [each.question for each in recorded] or _read_questions(questions)
     toolbox = _toolbox(tools, search_folder, max_tool_calls, run_code_without_sandbox)
     loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype, compile=compile)
-    if toolbox is not None and not loaded.prompts.tells_of_tools(loaded.pattern.answers):
+    if tools is None:
+        toolbox = _world_toolbox(loaded)
+    elif toolbox is not None and not loaded.prompts.tells_of_tools(loaded.pattern.answers):
         err.print(f"[dim]the prompts of the {loaded.pattern.answers} do not say which tools there are[/dim]")
     sampling = SamplingParams(
         temperature=temperature,
@@ -158,6 +163,7 @@ def _toolbox(names: str | None, search_folder: Path | None, max_calls: int, with
     from recursivemas.tools import Toolbox, ToolLimits, make_tool
 
     several = [name.strip() for name in (names or "").split(",") if name.strip()]
+    several = [] if several == ["none"] else several
     if search_folder is not None and "search" not in several:
         raise InputError("--search-folder is for the tool search: give --tools search too")
     if without_sandbox and "python" not in several:
@@ -167,6 +173,14 @@ def _toolbox(names: str | None, search_folder: Path | None, max_calls: int, with
     sandbox = Sandbox(allow_unsafe=True) if without_sandbox else None
     made = [make_tool(name, search_folder=search_folder, sandbox=sandbox) for name in several]
     return Toolbox(made, ToolLimits(max_calls=max_calls))
+
+
+def _world_toolbox(system: Any) -> Any:
+    """The tools of the world that a system's agents are of, if it is of one that has some."""
+    from recursivemas.worlds import load_world, world_names
+
+    world = system.training.get("world") or {}
+    return load_world(world["name"], world["seed"]).toolbox() if world.get("name") in world_names() else None
 
 
 def _read_questions(questions: list[str] | None) -> list[str]:

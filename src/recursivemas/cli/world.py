@@ -13,7 +13,7 @@ ACTIONS = ("build", "sample")
 
 @reported
 def world(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="ward, relay, panel, consult or consult-blind.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="ward, relay, panel, consult, consult-blind or desk.")],
     action: Annotated[str, typer.Argument(metavar="build|sample", help="Make it, or look at a few questions.")],
     *,
     output: Annotated[

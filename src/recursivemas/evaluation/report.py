@@ -56,6 +56,7 @@ ACCURACY = {
     ),
     "exact": "the share of answers that equal the target",
     "numeric": "the share of answers whose last number equals the target",
+    "stated": "the share of answers that state the target at their end",
 }
 
 ARM_NOTES = {
@@ -68,6 +69,7 @@ ARM_NOTES = {
     "shuffled": "each reader gets the messages of another question; their cost is not counted",
     "random-link": "the links are drawn anew, as loud as the trained ones",
     "no-feedback": "edges that lead back to an earlier stage are closed",
+    "no-tools": "the agents hand each other latents, and the answering one has no tools",
     "vote": "the answering agent alone, sampled so many times; what is answered most often counts",
     "system": "another system, as it is",
 }
@@ -280,6 +282,7 @@ def _say_controls(rows: list[Row]) -> str:
         "shuffled": "messages of another question give {}",
         "random-link": "links drawn anew give {}",
         "no-feedback": "without the feedback of earlier rounds it is {}",
+        "no-tools": "without tools it is {}",
     }
     found = [phrases[row.arm.name].format(_score(row)) for row in rows if row.arm.name in phrases]
     of_a_role = {

@@ -8,6 +8,7 @@
     shuffled      the system, each reader getting the messages of another question (shuffled:ROLE those of that role)
     random-link   the system with links drawn anew
     no-feedback   the system with the edges closed that lead back to an earlier stage: what rounds are worth without it
+    no-tools      the system without its tools
     vote          the answering agent alone, sampled as often as the time of `latent` allows (vote:K, K times); what is
                   answered most often counts
     system:DIR    another system, as it is: a fine-tuned agent, or one model that was trained on what all agents know
@@ -34,8 +35,8 @@ from recursivemas.evaluation.metrics import mean, paired_difference
 from recursivemas.evaluation.task import Sample, Task
 from recursivemas.system import RecursiveSystem
 
-ARMS = ("latent", "text", "both", "solo", "none", "zero", "shuffled", "random-link", "no-feedback", "vote", "system")
-CONTROLS = ("none", "zero", "shuffled", "random-link")
+CONTROLS = ("none", "zero", "shuffled", "random-link", "no-tools")
+ARMS = ("latent", "text", "both", "solo", *CONTROLS, "no-feedback", "vote", "system")
 OF_A_ROLE = ("solo", "none", "shuffled")
 """Arms that can be had of a role: `solo:critic`."""
 ALONE = ("solo", "vote", "system")
@@ -262,6 +263,8 @@ def evaluate(
     """Let every arm answer every question of a task. With a `journal` file, goes on where an earlier run stopped."""
     if len(task.samples) < 2 and any(arm.kind == "shuffled" for arm in arms):
         raise ConfigError("the arm shuffled hands each question the message of another: it needs two questions or more")
+    if task.toolbox is None and any(arm.kind == "no-tools" for arm in arms):
+        raise ConfigError(f"the arm no-tools takes the tools away, and the task '{task.name}' has none")
     steps = system.settings.num_latent_steps if num_latent_steps is None else num_latent_steps
     others = {arm.argument: _other(system, arm.argument) for arm in arms if arm.kind == "system"}
     arms = [
@@ -276,6 +279,9 @@ def evaluate(
         "dtype": str(next(iter(system.agents.values())).model.dtype).removeprefix("torch."),
     }
     runner_of = partial(_runner, system, others, task, sampling, steps, batch_size, seed)
+    if task.toolbox is not None:
+        limits = task.toolbox.limits
+        log.settings["tools"] = {"names": list(task.toolbox.tools), "allow_repeats": limits.allow_repeats}
     identity = {**log.settings, "system": log.system, "task": task.name, "seed": seed, "n": len(task.samples)}
     identity["hash"] = _hash_of(task, system, *others.values())
     written = _Journal(journal, identity)
@@ -354,6 +360,7 @@ def _runner(
             batch_size=batch_size,
             seed=seed,
             num_samples=num_samples,
+            tools=None if arm.kind == "no-tools" else task.toolbox,
         )
         return results
 

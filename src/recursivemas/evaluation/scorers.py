@@ -2,6 +2,7 @@
 
     exact        the answer is the target, but for case, blanks and closing punctuation
     numeric      the last number of the answer equals the target as a number
+    stated       what the answer says after its last "answer" is the target, but for blanks and closing punctuation
     posterior    the exact probability, given everything the world knows, of the choice the answer names
 
 An answer that holds nothing to score gets 0 and says so; it is never taken for some default choice.
@@ -58,6 +59,15 @@ def numeric(text: str, target: str, metadata: Mapping[str, Any]) -> Score:
     return Score(float(same), f"{found:g}", f"compared with {wanted:g}")
 
 
+def stated(text: str, target: str, metadata: Mapping[str, Any]) -> Score:
+    """1 if what stands after the last "answer" of a text is the target: what led to it may hold it, too."""
+    _, found, answer = text.rpartition("answer")
+    answer = _plain(answer)
+    if not found or not answer:
+        return Score(0.0, None, "no answer is stated")
+    return Score(float(answer == _plain(target)), answer, f"compared with '{_plain(target)}'")
+
+
 def posterior(text: str, target: str, metadata: Mapping[str, Any]) -> Score:
     """The exact probability of the choice that the answer names first.
 
@@ -70,7 +80,7 @@ def posterior(text: str, target: str, metadata: Mapping[str, Any]) -> Score:
     return Score(0.0, None, "the answer names none of the possible choices")
 
 
-SCORERS: dict[str, Scorer] = {"exact": exact, "numeric": numeric, "posterior": posterior}
+SCORERS: dict[str, Scorer] = {"exact": exact, "numeric": numeric, "stated": stated, "posterior": posterior}
 
 
 def _plain(text: str) -> str:

@@ -21,6 +21,7 @@ from recursivemas.evaluation.figures import decimal, say_rounds
 from recursivemas.evaluation.scorers import Score, Scorer, exact, posterior
 from recursivemas.evaluation.task import Sample
 from recursivemas.system import RecursiveSystem
+from recursivemas.tools import Toolbox
 from recursivemas.trace import TracedMessage
 
 NUM_LATENTS = 4
@@ -73,10 +74,12 @@ def tell(
     scorer: Scorer | None = None,
     instructions: str = "",
     num_latent_steps: int | None = None,
+    toolbox: Toolbox | None = None,
 ) -> Story:
     """Run a system on one question, over latents, in text (in the wording `variant`) and solo, and keep the traces.
 
-    Solo is left out where the prompts have no words for it. `scorer` and `instructions` are those of the task; without
+    Solo is left out where the prompts have no words for it. `scorer`, `instructions` and `toolbox` are those of the
+    task; without
     a scorer, answers are scored by the exact posterior where the sample has one, otherwise compared with the target.
     """
     known = isinstance(sample.metadata.get("posterior"), Mapping)
@@ -92,6 +95,7 @@ def tell(
             instructions=instructions,
             keys=[sample.id],
             trace="summary",
+            tools=toolbox,
         )
         return result
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from recursivemas.errors import InputError, unknown_name
 from recursivemas.evaluation.scorers import Scorer
+from recursivemas.tools import Toolbox
 
 Measure = Callable[[str, Mapping[str, Any]], float]
 """Takes the answer's text and the metadata of the sample."""
@@ -41,6 +42,8 @@ class Task:
     """What is measured in each answer beside its score, by name; reports give the means."""
     group_by: str | None = None
     """A key of the samples' metadata by whose values accuracy is reported, too."""
+    toolbox: Toolbox | None = None
+    """What the answering role can call while it writes."""
     seed: int = 0
 
     def __post_init__(self) -> None:

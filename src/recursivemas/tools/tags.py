@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from recursivemas.tools.tool import RESULT
 
 _TAG = re.compile(r"<(/?)([A-Za-z_]\w{0,40})>")
+_RESULT = re.compile(rf"<{RESULT}>.*?</{RESULT}>", re.DOTALL)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """What is not to be seen, or turns round what is seen; line breaks and tabs are kept."""
 
@@ -47,6 +48,11 @@ def is_meant(name: str, names: Collection[str]) -> bool:
 def write_result(text: str) -> str:
     """A result as it stands in the text."""
     return f"<{RESULT}>{text}</{RESULT}>"
+
+
+def results_in(text: str) -> tuple[tuple[int, int], ...]:
+    """Where results stand in a text with calls, tags included: characters [start, end)."""
+    return tuple(match.span() for match in _RESULT.finditer(text)) if f"<{RESULT}>" in text else ()
 
 
 def clean(said: Any, most: int) -> tuple[str, bool]:

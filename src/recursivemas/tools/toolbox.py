@@ -195,10 +195,13 @@ class ToolSession:
         if tool is None:
             return unknown_name("tool", name, self._names)
         made = [call for call in row.calls if call.tool == name]
-        if len(row.calls) >= limits.max_calls or (tool.max_calls is not None and len(made) >= tool.max_calls):
+        arguments = [call.argument.strip() for call in made]
+        # A call that is refused as a repetition is not made, and does not count as one of this tool.
+        spent = len(arguments) if limits.allow_repeats else len({*arguments})
+        if len(row.calls) >= limits.max_calls or (tool.max_calls is not None and spent >= tool.max_calls):
             what = "calls" if len(row.calls) >= limits.max_calls else f"calls of {name}"
             return f"no {what} are left; answer with what you know"
-        if not limits.allow_repeats and any(call.argument.strip() == argument.strip() for call in made):
+        if not limits.allow_repeats and argument.strip() in arguments:
             return "this call has been made before; its result stands above"
         return None
 

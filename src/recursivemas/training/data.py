@@ -14,8 +14,10 @@ from recursivemas.errors import InputError
 from recursivemas.models import LanguageModel
 from recursivemas.patterns import Pattern, Turn
 from recursivemas.prompts import PromptSet, RenderChat, Slot
+from recursivemas.tools.tags import results_in
 from recursivemas.training.datasets import Counts, Limits
 
+Span = tuple[int, int]
 _TOGETHER = 512
 """Questions whose prompts are tokenised at once."""
 
@@ -35,6 +37,8 @@ class RoleSample:
     """What stands in the slots, by sender; a sender that is missing has an empty slot."""
     variant: str | None = None
     solo: bool = False
+    unjudged: tuple[Span, ...] = ()
+    """Parts of the target (characters) that are read in pretraining, and not learnt, beside the results of tools."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,8 @@ class EncodedTurn:
     target: str
     is_cut: bool = False
     """Whether the end of the target is missing."""
+    unjudged: frozenset[int] = frozenset()
+    """Which tokens of the target are read, and not learnt: what tools have said, and what the sample names."""
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Question]]) -> None:
@@ -125,12 +131,26 @@ def encode_turns(
         need = _Need(f"a turn of the {sample.role}", sample.question, len(prompt_ids), model, in_slots)
         kept = fitting.keep([need], [], len(target_ids))
         if kept == len(target_ids):
-            turns.append(EncodedTurn(prompt_ids, target_ids, sample.target))
+            unjudged = unjudged_tokens(model, sample.target, sample.unjudged)
+            turns.append(EncodedTurn(prompt_ids, target_ids, sample.target, unjudged=unjudged))
         elif kept is not None:
             text, ids = cut_text(model, sample.target, kept)
-            turns.append(EncodedTurn(prompt_ids, ids, text, is_cut=True))
+            unjudged = unjudged_tokens(model, text, sample.unjudged)
+            turns.append(EncodedTurn(prompt_ids, ids, text, is_cut=True, unjudged=unjudged))
     fitting.end()
     return turns
+
+
+def unjudged_tokens(model: LanguageModel, target: str, spans: Sequence[Span] = ()) -> frozenset[int]:
+    """Which tokens of a target are not learnt: those of some parts of it, and what tools say in it.
+
+    That is read when it has come, and written by nobody: a loss on it would teach to guess it.
+    """
+    parts = (*results_in(target), *spans)
+    if not parts:
+        return frozenset()
+    places = enumerate(model.spans(target)[1])
+    return frozenset(place for place, (start, end) in places if any(start < b and end > a for a, b in parts))
 
 
 def fit_questions(

@@ -38,7 +38,7 @@ from recursivemas.patterns import Edge
 from recursivemas.recursion import PlayedTurn
 from recursivemas.system import RecursiveSystem
 from recursivemas.training.alignment import AlignmentPairs, alignment_loss
-from recursivemas.training.data import Question
+from recursivemas.training.data import Question, unjudged_tokens
 from recursivemas.training.gradients import Backflow, figures, say_samples
 from recursivemas.training.loop import ALONE, Fitted, LoopSettings, Progress, RunDirectory, Validation, fit
 from recursivemas.training.processes import Processes
@@ -327,6 +327,7 @@ class OuterLoop:
                 answers,
                 as_rendered=self._as_rendered,
                 is_cut=[question.is_cut for question in batch],
+                unjudged=[unjudged_tokens(played.agent.model, answer) for answer in answers],
             )
         if share > 0:
             expected = expected_loss(played.agent, played.reading, batch, as_rendered=self._as_rendered)
@@ -367,7 +368,8 @@ def expected_loss(
             weights.append(probability)
     device = reading.state.device
     places = torch.tensor(rows, device=device)
-    losses = agent.loss(reading.select(places), texts, as_rendered=as_rendered)
+    unjudged = [unjudged_tokens(agent.model, text) for text in texts]
+    losses = agent.loss(reading.select(places), texts, as_rendered=as_rendered, unjudged=unjudged)
     weighted = losses * torch.tensor(weights, device=device, dtype=losses.dtype)
     return torch.zeros(len(batch), device=device, dtype=losses.dtype).index_add(0, places, weighted)
 

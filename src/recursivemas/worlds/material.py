@@ -6,6 +6,7 @@ Knows worlds, recipes and scorers; knows nothing of how anything is trained.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -14,6 +15,7 @@ from recursivemas.evaluation.scorers import SCORERS
 from recursivemas.evaluation.task import Sample
 from recursivemas.patterns import Pattern
 from recursivemas.system import RecursiveSystem
+from recursivemas.tools import Toolbox
 from recursivemas.training.data import Question, RoleSample, check_disjoint
 from recursivemas.training.datasets import Counts, DataSet, DataSets, Limits, Reader, Row, Source
 from recursivemas.training.recipe import Material, Recipe
@@ -266,6 +268,8 @@ def _of_world(world: World, recipe: Recipe) -> Material:
             posterior={world.answer_of(sample, each): probability for each, probability in posterior.items()},
         )
 
+    toolbox = cache(world.toolbox)
+
     def score(system: RecursiveSystem, asked: Sequence[Question], channel: str = "latent") -> float:
         # What a world scores by it knows of its own questions.
         scorer = SCORERS[world.scorer]
@@ -274,6 +278,7 @@ def _of_world(world: World, recipe: Recipe) -> Material:
             asked,
             channel,
             lambda text, each: scorer(text, samples[each.id].target, samples[each.id].metadata).value,
+            toolbox(),
         )
 
     return Material(
@@ -284,8 +289,13 @@ def _of_world(world: World, recipe: Recipe) -> Material:
 
 
 def _mean_score(
-    system: RecursiveSystem, asked: Sequence[Question], channel: str, score: Callable[[str, Question], float]
+    system: RecursiveSystem,
+    asked: Sequence[Question],
+    channel: str,
+    score: Callable[[str, Question], float],
+    toolbox: Toolbox | None = None,
 ) -> float:
     """The mean score of a system's answers."""
-    results = system.run([each.text for each in asked], channel=channel, trace="off", batch_size=BATCH_SIZE)
+    questions = [each.text for each in asked]
+    results = system.run(questions, channel=channel, trace="off", batch_size=BATCH_SIZE, tools=toolbox)
     return sum(score(result.text, each) for each, result in zip(asked, results, strict=True)) / len(asked)

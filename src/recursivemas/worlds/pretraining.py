@@ -136,7 +136,8 @@ def exact_share(world: "World", role: str, model: LanguageModel, num_samples: in
     for variant in world.variants:
         turns = encode_turns(world.role_samples("train", num_samples, 0, role=role, variant=variant), model, prompts)
         logits, tokens = _judge(model, turns)
-        parts = (logits.argmax(dim=-1) == tokens).split([len(turn.target_ids) + 1 for turn in turns])
+        lengths = [len(turn.target_ids) + 1 - len(turn.unjudged) for turn in turns]
+        parts = (logits.argmax(dim=-1) == tokens).split(lengths)
         right += [bool(part.all()) for part in parts]
     return sum(right) / len(right)
 
@@ -144,7 +145,7 @@ def exact_share(world: "World", role: str, model: LanguageModel, num_samples: in
 def _judge(
     model: LanguageModel, turns: Sequence[EncodedTurn]
 ) -> tuple[Float[Tensor, "token vocab_size"], Int[Tensor, " token"]]:
-    """Logits of every token of every reply (its end included), given those before it, and the tokens."""
+    """Logits of every token of every reply (its end included) that is judged, given those before it, and the tokens."""
     end = model.reply_end_id
     sequences = [[*turn.prompt_ids, *turn.target_ids, end] for turn in turns]
     longest = max(map(len, sequences))
@@ -152,5 +153,6 @@ def _judge(
     written = torch.zeros_like(ids, dtype=torch.bool)
     for row, (turn, sequence) in enumerate(zip(turns, sequences, strict=True)):
         written[row, len(turn.prompt_ids) : len(sequence)] = True
+        written[row, [len(turn.prompt_ids) + place for place in turn.unjudged]] = False
     states = model.decoder(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     return model.logits(states[written[:, 1:]]), ids[written]

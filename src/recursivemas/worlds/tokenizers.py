@@ -17,11 +17,18 @@ SPACE = "▁"
 
 
 def build_tokenizer(
-    recipe: AgentRecipe, words: Sequence[str], *, emphasis: Sequence[str] = ()
+    recipe: AgentRecipe,
+    words: Sequence[str],
+    *,
+    emphasis: Sequence[str] = (),
+    digits: bool = False,
+    tags: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of an agent that reads these words, with its chat template.
 
-    `emphasis` names words that count more when a BPE vocabulary is built, which changes the order of its merges.
+    `emphasis` names words that count more when a BPE vocabulary is built, which changes the order of its merges. With
+    `digits` every digit is a token, the same wherever it stands; the blank before a number is one of its own then.
+    `tags` are tokens that are text: they are kept when a reply is decoded.
     """
     special = [PAD, UNK, recipe.markers.user, recipe.markers.assistant, recipe.markers.end]
     trainer: Any
@@ -39,12 +46,17 @@ def build_tokenizer(
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(left=False, right=True)]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"), pre_tokenizers.Punctuation("isolated")]
-    )
+    steps = [
+        pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always"),
+        pre_tokenizers.Punctuation("isolated"),
+    ]
+    if digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
     tokenizer.train_from_iterator([*words, *(word for word in emphasis for _ in range(3)), " ."], trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     loaded = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

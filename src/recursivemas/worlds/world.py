@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from recursivemas.errors import ConfigError, unknown_name
 from recursivemas.evaluation.task import Measure, Sample
 from recursivemas.models import LanguageModel
+from recursivemas.tools import Toolbox
 from recursivemas.training.data import RoleSample
 from recursivemas.training.loop import Progress, RunDirectory
 from recursivemas.worlds.pretraining import AgentRecipe, pretrain
@@ -62,6 +63,13 @@ class World(ABC):
     def answer_of(self, sample: Sample, target: str | None = None) -> str:
         """The whole of what it should write about a sample, if the target were another one, where that is given."""
         return self.answer_text(sample.target if target is None else target)
+
+    def toolbox(self, *, allow_repeats: bool = True) -> Toolbox | None:
+        """What the answering role can call while it writes, if the world has tools; every question has its own.
+
+        `allow_repeats` says whether a call may be made again with the same text.
+        """
+        return None
 
     @abstractmethod
     def pretraining_batch(self, role: str, rng: np.random.Generator, size: int) -> list[RoleSample]:
