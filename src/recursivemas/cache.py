@@ -139,6 +139,17 @@ class LatentCache:
         """Real positions of each row."""
         return self.attention_mask.sum(dim=1)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of what it holds for all rows."""
+        held: list[Tensor | None] = []
+        for layer in self.past_key_values.layers:
+            if isinstance(layer, RecurrentLayer):
+                held += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            elif layer.is_initialized:
+                held += [layer.keys, layer.values]
+        return sum(each.numel() * each.element_size() for each in held if each is not None)
+
     def step(
         self,
         decoder: Callable[..., Any],

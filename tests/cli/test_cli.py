@@ -68,7 +68,7 @@ def write_jsonl(file: Path, rows: list[dict]) -> Path:
 
 def test_every_verb_teaches_by_an_example(invoke: Invoke) -> None:
     assert invoke("--help").exit_code == 0
-    for verb in ("demo", "run", "train", "eval", "tune", "import", "export", "push", "world"):
+    for verb in ("bench", "demo", "run", "train", "eval", "tune", "import", "export", "push", "world"):
         shown = invoke(verb, "--help").stdout
         assert "Example:" in shown
         assert f"recursivemas {verb}" in shown
@@ -102,6 +102,24 @@ def test_options_are_frozen() -> None:
             ]
         ),
         "data build": ["as_json", "config", "device", "dry_run", "seed", "set_"],
+        "bench": sorted(
+            [
+                "system",
+                "random",
+                "replay",
+                "scale",
+                "benchmarks",
+                "only",
+                "repeats",
+                "quick",
+                "batch_size",
+                "output",
+                "seed",
+                "device",
+                "dtype",
+                "as_json",
+            ]
+        ),
         "demo": ["as_json", "batch_size", "device", "dtype", "n", "output", "seed", "system"],
         "run": sorted(
             [

@@ -2,7 +2,7 @@
 
 import typer
 
-from recursivemas.cli import data, demo, eval, export, import_, inspect, pattern, push, run, train, tune, world
+from recursivemas.cli import bench, data, demo, eval, export, import_, inspect, pattern, push, run, train, tune, world
 
 app = typer.Typer(
     name="recursivemas",
@@ -20,6 +20,7 @@ app.command("run")(run.run)
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("tune")(tune.tune)
+app.command("bench")(bench.bench)
 app.command("import")(import_.import_)
 app.command("export")(export.export)
 app.command("push")(push.push)

@@ -68,3 +68,17 @@ def build_tokenizer(
     )
     loaded.chat_template = recipe.markers.template()
     return loaded
+
+
+def numbered_words(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w0, w1, ..., for a model that means nothing: what it writes has as many words as tokens.
+
+    The first two tokens are special; every other word is read as w0. The chat template adds nothing.
+    """
+    special = [PAD, "<end>"]
+    words = [*special, *(f"w{number}" for number in range(vocab_size - len(special)))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    loaded = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token="<end>", padding_side="left")
+    loaded.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return loaded
