@@ -30,6 +30,7 @@ from recursivemas.models import LanguageModel
 from recursivemas.parts import Parts
 from recursivemas.patterns import Pattern
 from recursivemas.publishing import CARD, model_card
+from recursivemas.residency import turns_for
 
 Linked = tuple[dict[str, Agent], dict[str, RecursiveLink]]
 """Agents by role, with their inner links, and the outer links by edge."""
@@ -64,18 +65,23 @@ def read_linked(
     *,
     dtype: str | torch.dtype | None,
     device: str | torch.device | None,
+    residency: str,
 ) -> Linked:
     """The agents and links of a saved system; roles with the same model and options share one copy of it.
 
-    Raises `CheckpointError` naming the part that is missing, corrupt, or not the one that was saved.
+    With residency 'one' each model leaves the device before the next is read. Raises `CheckpointError` naming the part
+    that is missing, corrupt, or not the one that was saved.
     """
     chosen = options_by_role(options, manifest.agents)
+    turns = turns_for(residency)
     models: dict[str, LanguageModel] = {}
     keys = {role: repr((record, sorted(chosen[role].items()))) for role, record in manifest.agents.items()}
     for role, record in manifest.agents.items():
         if keys[role] not in models:
             settings = {"dtype": dtype, "device": device, **chosen[role]}
             models[keys[role]] = load_agent_model(directory, role, record, **settings)
+            if turns is not None:
+                models[keys[role]].take_turns(turns)
     links = {name: read_link(inside(directory, saved.folder), saved.sha256) for name, saved in manifest.links.items()}
     for role in manifest.agents:
         if role not in links:

@@ -31,6 +31,7 @@ from recursivemas.loading import (
     load_without_weights,
     random_network,
 )
+from recursivemas.residency import Turns
 from recursivemas.static import Backend, CompiledSteps, StaticCache, warn_uncompiled
 
 _EMBEDDING_CHUNK = 16384
@@ -66,6 +67,7 @@ class LanguageModel:
         self.revision = revision
         self.config = network.config.get_text_config()
         self._compiled: CompiledSteps | None = None
+        self.turns: Turns | None = None
         self._check()
 
     # Making and saving
@@ -128,7 +130,7 @@ class LanguageModel:
         """
         loaded = load_without_weights(str(name_or_path), revision=revision)
         model = cls.__new__(cls)
-        model._compiled = None
+        model._compiled = model.turns = None
         model.network, model.tokenizer, model.config = loaded.network, loaded.tokenizer, loaded.network.config
         model.source, model.revision = None if Path(name_or_path).is_dir() else str(name_or_path), revision
         model._check_text(model.source or model.config.model_type)
@@ -261,9 +263,29 @@ class LanguageModel:
         """Rows of the embedding table."""
         return self.network.get_input_embeddings().weight.shape[0]
 
+    def take_turns(self, turns: Turns) -> None:
+        """Wait on the CPU from here on, whenever another model of `turns` is asked for something.
+
+        Raises `ConfigError` for weights that cannot be moved about.
+        """
+        name = self.source or self.config.model_type
+        if self.is_quantized:
+            raise ConfigError(
+                f"'{name}' is held in fewer bits ({self.quantization}), by code that keeps its weights where they are; "
+                "choose either residency 'one' or a quantization"
+            )
+        turns.add(self.network, name)
+        self.turns = turns
+
+    def _come(self) -> None:
+        if self.turns is not None:
+            self.turns.call(self.network)
+
     @property
     def device(self) -> torch.device:
-        """Where its input embeddings are."""
+        """Where it computes: where its input embeddings are, or take turns."""
+        if self.turns is not None:
+            return self.turns.device
         return self.network.get_input_embeddings().weight.device
 
     @property
@@ -403,8 +425,14 @@ class LanguageModel:
 
     def embed(self, token_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden_size"]:
         """Input embeddings, scaled as the model itself scales them."""
-        embeds: Tensor = self.network.get_input_embeddings()(token_ids.to(self.device))
-        return embeds
+        self._come()
+        return self._look_up(token_ids)
+
+    def _look_up(self, token_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden_size"]:
+        """Input embeddings from wherever the table is now, on the device where it computes."""
+        table = self.network.get_input_embeddings()
+        embeds: Tensor = table(token_ids.to(table.weight.device))
+        return embeds.to(self.device)
 
     def new_cache(self, batch_size: int) -> LatentCache:
         """An empty cache for this model."""
@@ -431,6 +459,8 @@ class LanguageModel:
             return "it has linear attention, whose state is replaced at every step"
         if self.is_quantized:
             return f"its weights are held in fewer bits ({self.quantization}), by code that is not compiled"
+        if self.turns is not None:
+            return "its weights take turns on the device (residency 'one'), and a compiled step has them in one place"
         if len({each.device for each in self.network.parameters()}) > 1:
             return "it is spread over several devices"
         if "flash" in str(self.config._attn_implementation):
@@ -458,12 +488,16 @@ class LanguageModel:
         attention_mask: Int[Tensor, "batch position"] | None = None,
     ) -> Float[Tensor, "batch position hidden_size"]:
         """Read on from a cache (which grows) and return the last hidden states; no logits are computed."""
+        if self.turns is not None and inputs_embeds.requires_grad:
+            raise ConfigError("no link is trained through agents that take turns on a device; take residency 'all'")
+        self._come()
         return cache.step(self.decoder, inputs_embeds, attention_mask).to(self.device)
 
     def states(
         self, input_ids: Int[Tensor, "batch position"], attention_mask: Int[Tensor, "batch position"] | None = None
     ) -> Float[Tensor, "batch position hidden_size"]:
         """Last hidden states of left-padded token sequences, read without a cache."""
+        self._come()
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -476,12 +510,14 @@ class LanguageModel:
         self, inputs_embeds: Float[Tensor, "batch position hidden_size"]
     ) -> Float[Tensor, "batch position hidden_size"]:
         """Last hidden states of embeddings read without a cache or padding: the slow way that fast ways must equal."""
+        self._come()
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).expand(inputs_embeds.shape[:2])
         output = self.decoder(inputs_embeds=inputs_embeds, position_ids=positions, use_cache=False)
         return output.last_hidden_state.to(self.device)
 
     def logits(self, states: Float[Tensor, "*batch hidden_size"]) -> Float[Tensor, "*batch vocab_size"]:
         """Scores of the next token, from last hidden states."""
+        self._come()
         scores: Tensor = self.network.get_output_embeddings()(states)
         return scores.to(self.device)
 
@@ -496,7 +532,7 @@ class LanguageModel:
     @torch.no_grad()
     def embedding_norm(self, token_ids: Iterable[int]) -> float:
         """Mean norm of the input embeddings of these tokens: how loud what this model reads is."""
-        return float(self.embed(torch.tensor(list(token_ids))).float().norm(dim=-1).mean())
+        return float(self._look_up(torch.tensor(list(token_ids))).float().norm(dim=-1).mean())
 
     @cached_property
     def mean_embedding_norm(self) -> float:
@@ -514,7 +550,7 @@ class LanguageModel:
         indices = torch.zeros(len(unit), 0, dtype=torch.long, device=unit.device)
         # Chunk by chunk, and never more than the best so far: a real vocabulary times many latents is gigabytes.
         for ids in self._table_chunks():
-            cosines = unit @ functional.normalize(self.embed(ids).float(), dim=-1).T
+            cosines = unit @ functional.normalize(self._look_up(ids).float(), dim=-1).T
             best = cosines.topk(min(k, len(ids)), dim=1)
             values = torch.cat([values, best.values], dim=1)
             indices = torch.cat([indices, ids[0].item() + best.indices], dim=1)
@@ -540,17 +576,21 @@ def load_models(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    turns: Turns | None = None,
 ) -> dict[str, LanguageModel]:
     """A model for each role: as it is given, by its name, or by a mapping of options with its name under `model`.
 
     Options are those of `LanguageModel.from_pretrained`; `dtype` and `device` hold where they say nothing else. Roles
-    with the same name and options share one copy. Raises `ConfigError` or `ModelError`.
+    with the same name and options share one copy. With `turns` each leaves the device before the next is read. Raises
+    `ConfigError` or `ModelError`.
     """
     loaded: dict[str, LanguageModel] = {}
     models: dict[str, LanguageModel] = {}
     for role, given in agents.items():
         if isinstance(given, LanguageModel):
             models[role] = given
+            if turns is not None and given.turns is not turns:
+                given.take_turns(turns)
             continue
         options = dict(given) if isinstance(given, Mapping) else {"model": given}
         for name in options:
@@ -562,5 +602,7 @@ def load_models(
         key = repr(sorted((name, str(value)) for name, value in options.items()))
         if key not in loaded:
             loaded[key] = LanguageModel.from_pretrained(options.pop("model"), **options)
+            if turns is not None:
+                loaded[key].take_turns(turns)
         models[role] = loaded[key]
     return models

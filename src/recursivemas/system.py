@@ -44,6 +44,7 @@ from recursivemas.publishing import push
 from recursivemas.recursion import PlayedTurn, Recursion
 from recursivemas.release.reading import read_release
 from recursivemas.release.writing import write_release
+from recursivemas.residency import turns_for
 from recursivemas.tools import ToolLimits
 from recursivemas.trace import Meter, check_trace_dir, save_traces
 
@@ -91,6 +92,7 @@ class RecursiveSystem(Parts):
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         compile: bool = False,
+        residency: str = "all",
         **settings: Any,
     ) -> "RecursiveSystem":
         """A new system with untrained links, as loud as their readers are used to.
@@ -98,15 +100,16 @@ class RecursiveSystem(Parts):
         `agents` gives for each role a model, or its Hugging Face name or directory, or a mapping with that as `model`
         and options of its own (dtype, device, device_map, attn_implementation, revision); roles with the same name and
         options share one copy. `prompts` defaults to the bundled set with the pattern's name. `roles` gives roles of
-        the pattern other names, which `agents` then has; prompts in the old names are renamed as well. `compile`: see
-        the method of this name. Settings: see `SystemSettings`.
+        the pattern other names, which `agents` then has; prompts in the old names are renamed as well. With
+        residency `one` agents take turns on the device (see residency.py); `compile`: see the method of this name.
+        Settings: see `SystemSettings`.
         """
         table = Pattern.load(pattern)
         words = PromptSet.load(prompts if prompts is not None else table.name)
         if roles:
             table = table.renamed(dict(roles))
             words = words.renamed(roles) if roles.keys() <= words.roles.keys() else words
-        models = load_models(agents, dtype=dtype, device=device)
+        models = load_models(agents, dtype=dtype, device=device, turns=turns_for(residency))
         linked = link_models(models, table, design=design, options=link_options or {}, seed=seed)
         chosen = parse(SystemSettings, {"name": table.name, **settings}, where="settings of the system")
         system = cls(*linked, table, words, chosen)
@@ -125,16 +128,18 @@ class RecursiveSystem(Parts):
         device: str | torch.device | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         compile: bool = False,
+        residency: str = "all",
     ) -> "RecursiveSystem":
         """Load a bundled system (`"ward"`), a directory, or a Hugging Face repository.
 
         `options` gives agents settings of their own, by role, or `*` for all: device, dtype, device_map, quantization,
-        attn_implementation. `compile`: see the method of this name. Raises `CheckpointError` naming the part that is
-        missing, corrupt, or does not fit.
+        attn_implementation. With residency `one` agents take turns on the device, each read from disk once (see
+        residency.py); `compile`: see the method of this name. Raises `CheckpointError` naming the part that is missing,
+        corrupt, or does not fit.
         """
         directory = find_system(name_or_path)
         manifest = read_manifest(directory)
-        agents, links = read_linked(directory, manifest, options or {}, dtype=dtype, device=device)
+        agents, links = read_linked(directory, manifest, options or {}, dtype=dtype, device=device, residency=residency)
         try:
             system = cls(
                 agents, links, manifest.pattern, manifest.prompts, manifest.settings, training=manifest.training

@@ -148,6 +148,8 @@ def test_options_are_frozen() -> None:
                 "device",
                 "dtype",
                 "compile",
+                "residency",
+                "quantization",
                 "as_json",
             ]
         ),
@@ -202,6 +204,8 @@ def test_options_are_frozen() -> None:
                 "device",
                 "dtype",
                 "compile",
+                "residency",
+                "quantization",
                 "as_json",
             ]
         ),

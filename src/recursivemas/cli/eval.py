@@ -14,6 +14,8 @@ from recursivemas.cli.terminal import (
     Dtype,
     LatentSteps,
     MaxNewTokens,
+    Quantization,
+    Residency,
     Seed,
     SystemArgument,
     Temperature,
@@ -76,6 +78,8 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     compile: Compile = False,
+    residency: Residency = "all",
+    quantization: Quantization = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare latent hand-offs with text and with controls, on the same questions and one meter.
@@ -99,7 +103,14 @@ def evaluate(
         raise InputError("say what to answer: either --task NAME or --data FILE.jsonl")
     if n is not None and n < 1:
         raise ConfigError(f"-n must be 1 or more, got {n}")
-    loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype, compile=compile)
+    loaded = RecursiveSystem.from_pretrained(
+        system,
+        device=device,
+        dtype=dtype,
+        options={"*": {"quantization": quantization}} if quantization else None,
+        compile=compile,
+        residency=residency,
+    )
     job = (
         world_task(loaded, task, split=split, n=2000 if n is None else n, seed=seed, allow_repeats=repeated_calls)
         if task is not None

@@ -16,6 +16,8 @@ from recursivemas.cli.terminal import (
     Dtype,
     LatentSteps,
     MaxNewTokens,
+    Quantization,
+    Residency,
     Seed,
     SystemArgument,
     Temperature,
@@ -87,6 +89,8 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     compile: Compile = False,
+    residency: Residency = "all",
+    quantization: Quantization = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask a system your own question, and see what its agents pass on.
@@ -104,7 +108,14 @@ def run(
     recorded = load_traces(replay) if replay is not None else []
     asked = [each.question for each in recorded] or _read_questions(questions)
     toolbox = _toolbox(tools, search_folder, max_tool_calls, run_code_without_sandbox)
-    loaded = RecursiveSystem.from_pretrained(system, device=device, dtype=dtype, compile=compile)
+    loaded = RecursiveSystem.from_pretrained(
+        system,
+        device=device,
+        dtype=dtype,
+        options={"*": {"quantization": quantization}} if quantization else None,
+        compile=compile,
+        residency=residency,
+    )
     if tools is None:
         toolbox = _world_toolbox(loaded)
     elif toolbox is not None and not loaded.prompts.tells_of_tools(loaded.pattern.answers):

@@ -36,6 +36,12 @@ Dtype = Annotated[
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile thinking and writing: faster on a GPU, after a minute or more.")
 ]
+Residency = Annotated[
+    str, typer.Option(help="all: every agent stays on the device; one: they take turns, and wait on the CPU.")
+]
+Quantization = Annotated[
+    str | None, typer.Option(help="8bit or 4bit: the agents' weights in fewer bits (needs recursivemas[quant]).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 LatentSteps = Annotated[int | None, typer.Option("--latent-steps", help="m: latent thoughts of each turn.")]
 BatchSize = Annotated[int, typer.Option(help="Questions answered together.")]
