@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from recursivemas.cache import LatentCache
-from recursivemas.decoding import Interjector, Reply, SamplingParams, decode, decode_on, decode_steps
+from recursivemas.decoding import Interjector, Reply, SamplingParams, Writer, decode, decode_on, decode_steps
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
 from recursivemas.prompts import Segments, Slot
@@ -57,6 +57,8 @@ class Reading:
     """Text tokens of each prompt, those read earlier (as a common prefix) included."""
     positions: list[int]
     """Positions that had to be read now, for each prompt."""
+    inputs_embeds: list[Float[Tensor, "_ hidden_size"]] | None = None
+    """Where a prompt is only composed, for others to read: the whole of each. Then the cache is empty."""
 
     def select(self, rows: Int[Tensor, " row"]) -> "Reading":
         """The reading of some rows, in the order given."""
@@ -66,6 +68,7 @@ class Reading:
             self.state[rows],
             [self.prompt_tokens[row] for row in chosen],
             [self.positions[row] for row in chosen],
+            None if self.inputs_embeds is None else [self.inputs_embeds[row] for row in chosen],
         )
 
 
@@ -122,6 +125,18 @@ class Agent:
             ]
         return self._read_on(reading, pieces)
 
+    def compose(self, prompts: Sequence[Segments], inbox: Mapping[str, Message]) -> Reading:
+        """The same prompts for others to read: their embeddings (`Reading.inputs_embeds`), of which nothing is read."""
+        heads, tails = zip(*(_cut(prompt) for prompt in prompts), strict=True)
+        ids = self.model.encode_batch(heads)
+        rows = [[head, *pieces] if head else pieces for head, pieces in zip(ids, self._fill(tails, inbox), strict=True)]
+        embeds = [self._embed(row) for row in rows]
+        lengths = [len(each) for each in embeds]
+        self.model.check_length(max(lengths) + 1, f"the prompt of the {self.role}, with a reply,")
+        nothing = self._nothing_read(len(rows))
+        in_text = [sum(len(piece) for piece in row if isinstance(piece, list)) for row in rows]
+        return Reading(nothing.cache, nothing.state, in_text, lengths, embeds)
+
     def think(
         self, reading: Reading, num_latent_steps: int, *, in_words: bool = False, inner_link: Link | None = None
     ) -> Float[Tensor, "batch latent_step hidden_size"]:
@@ -176,6 +191,16 @@ class Agent:
         """Text that follows a reading. `keys` name the rows for sampling; `tools` may be called in it."""
         room = self._room(reading)
         return decode(self.model, reading.cache.fork(), reading.state, sampling, keys, room, tools)
+
+    def have_written(
+        self, reading: Reading, sampling: SamplingParams, keys: Sequence[str], writer: Writer
+    ) -> list[Reply]:
+        """The same by `writer`, after prompts that were only composed."""
+        prompts = reading.inputs_embeds
+        assert prompts is not None
+        longest = self.model.max_positions
+        room = None if longest is None else [longest - len(prompt) for prompt in prompts]
+        return writer.write(self.model, prompts, sampling, keys, room)
 
     def speak_steps(
         self, reading: Reading, sampling: SamplingParams, keys: Sequence[str], tools: Interjector | None = None

@@ -16,7 +16,7 @@ from recursivemas.batches import check_whole
 from recursivemas.channels import choose_channels
 from recursivemas.checkpoint import library_version
 from recursivemas.context import fit_question
-from recursivemas.decoding import Reply, SamplingParams, make_reply, told_so_far
+from recursivemas.decoding import Reply, SamplingParams, Writer, make_reply, told_so_far
 from recursivemas.errors import ConfigError, InputError, unknown_name
 from recursivemas.interventions import INTERVENTIONS, Applied, Intervention, Replay, Zero
 from recursivemas.models import LanguageModel
@@ -107,7 +107,10 @@ class Answering:
                         if num_samples > 1:
                             rows = torch.arange(len(keys), device=reading.state.device)
                             reading = reading.select(rows.repeat_interleave(num_samples))
-                        replies = played.agent.speak(reading, plan.sampling, names, session)
+                        if plan.writer is not None:
+                            replies = played.agent.have_written(reading, plan.sampling, names, plan.writer)
+                        else:
+                            replies = played.agent.speak(reading, plan.sampling, names, session)
                     count_reply(meter, played.turn, replies)
                     record_calls(traces, played, replies[::num_samples])
         results = []
@@ -247,6 +250,16 @@ def equip(plan: Plan, tools: Tools | None, tools_after: str, tool_limits: ToolLi
         raise ConfigError(unknown_name("time for tools", tools_after, TOOLS_AFTER))
     toolbox = as_toolbox(tools, tool_limits)
     return replace(plan, tools=toolbox, tools_after=tools_after) if toolbox.tools else plan
+
+
+def hand_over(plan: Plan, writer: Writer | None, model: LanguageModel) -> Plan:
+    """The plan with a writer of answers in place of the answering role's model. Raises `ConfigError`."""
+    if writer is None:
+        return plan
+    if plan.tools is not None:
+        raise ConfigError("tools are called while an answer is written here: give either tools or a writer")
+    writer.check(model)
+    return replace(plan, writer=writer)
 
 
 def mark_cut(result: Result, question: str, cut_tokens: int) -> Result:

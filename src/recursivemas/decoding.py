@@ -97,6 +97,24 @@ class Interjector(Protocol):
         """Rows whose text has come, with its tokens. With `wait` at least one, where some row is waiting."""
 
 
+@runtime_checkable
+class Writer(Protocol):
+    """Writes what follows prompts that are given as embeddings."""
+
+    def check(self, model: LanguageModel) -> object:
+        """Raise an error, now rather than after much work, unless it writes what this model would."""
+
+    def write(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Float[Tensor, "_ hidden_size"]],
+        sampling: SamplingParams,
+        keys: Sequence[str],
+        room: Sequence[int] | None,
+    ) -> list[Reply]:
+        """The reply to each prompt, in the tokens of `model`; `keys` name them for sampling."""
+
+
 @torch.no_grad()
 def decode_steps(
     model: LanguageModel,
@@ -133,7 +151,7 @@ class _Writing:
         self._model, self._sampling, self._tools = model, sampling, tools
         self._cache, self._state = model.with_room(cache), state
         self._room = list(room) if room is not None else None
-        self._generators = [torch.Generator().manual_seed(_seed_of(sampling.seed, key)) for key in keys]
+        self._generators = [torch.Generator().manual_seed(seed_of(sampling.seed, key)) for key in keys]
         self._rows = list(range(len(keys)))
         self._active = set(self._rows)
         self._ends_of_text = torch.tensor(sorted(model.stop_token_ids))
@@ -331,7 +349,8 @@ def _stop_position(text: str, sampling: SamplingParams, begin: int = 0) -> int |
     return min(found, default=None)
 
 
-def _seed_of(seed: int, key: str) -> int:
+def seed_of(seed: int, key: str) -> int:
+    """What the generator of a question is seeded with."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=7).digest(), "big")
 
 

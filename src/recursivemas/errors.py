@@ -8,7 +8,8 @@
     ├── CheckpointError   a saved part that is missing, corrupt, or does not fit
     ├── OutputError       a place that cannot be written to
     ├── NumericsError     a latent or a loss that is not finite
-    └── SandboxError      code of a model that cannot be confined here
+    ├── SandboxError      code of a model that cannot be confined here
+    └── ServerError       a server that is down, or does not answer as it has to
 
 Each message says what was given, what was expected and what to do. The module knows nothing of the rest of the
 package; whoever finds the fault raises it.
@@ -52,6 +53,10 @@ class NumericsError(RecursiveMASError):
 
 class SandboxError(RecursiveMASError):
     """Code of a model cannot be confined here, or the sandbox itself has failed."""
+
+
+class ServerError(RecursiveMASError):
+    """A server is down, or does not answer as it has to."""
 
 
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> str:

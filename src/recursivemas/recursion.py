@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from recursivemas.agents import Agent, Message, PrefixStore, Reading
 from recursivemas.channels import Channel, Emitted, Sender, emit
 from recursivemas.context import PromptSpace
-from recursivemas.decoding import Reply, SamplingParams
+from recursivemas.decoding import Reply, SamplingParams, Writer
 from recursivemas.errors import NumericsError
 from recursivemas.interventions import Intervention
 from recursivemas.links import RecursiveLink
@@ -65,6 +65,8 @@ class Plan:
     """Whether a prompt up to its first slot is read once for all rounds, or in every turn: to compare the two."""
     tools: Toolbox | None = None
     """What the answering role can call while it writes."""
+    writer: Writer | None = None
+    """Who writes the answer, in place of the model that has read the prompt; then it is only composed here."""
     tools_after: str = "last"
     """In which rounds it does (see `TOOLS_AFTER`)."""
 
@@ -202,7 +204,11 @@ class Recursion:
         with meter.phase(turn.round, turn.role, "prefill"):
             prompts = self._prompts(turn, batch)
             known = self._known(turn, batch.plan)
-            reading = agent.read(prompts, self._inbox(turn, {**batch.sent, **known}), batch.prefixes)
+            inbox = self._inbox(turn, {**batch.sent, **known})
+            if turn.speaks and batch.plan.writer is not None:
+                reading = agent.compose(prompts, inbox)
+            else:
+                reading = agent.read(prompts, inbox, batch.prefixes)
         _check_reading(reading, turn, batch.keys)
         meter.count(turn.round, turn.role, prompt_tokens=reading.prompt_tokens, positions=reading.positions)
         return PlayedTurn(turn, agent, reading, known=known)

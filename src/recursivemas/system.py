@@ -24,6 +24,7 @@ from recursivemas.answering import (
     Tools,
     as_intervention,
     equip,
+    hand_over,
     mark_cut,
     trace_level,
 )
@@ -32,7 +33,7 @@ from recursivemas.batches import as_questions, check_whole, in_batches
 from recursivemas.channels import LATENT_SOURCES
 from recursivemas.checkpoint import SystemSettings, atomic_directory, find_system, read_manifest
 from recursivemas.config import parse
-from recursivemas.decoding import SamplingParams
+from recursivemas.decoding import SamplingParams, Writer
 from recursivemas.errors import CheckpointError, ConfigError, InputError, PatternError, unknown_name
 from recursivemas.interventions import Intervention
 from recursivemas.links import DEFAULT_DESIGN, RecursiveLink
@@ -277,6 +278,7 @@ class RecursiveSystem(Parts):
         tool_limits: ToolLimits | None = None,
         progress: Progress | None = None,
         on_long_question: str | None = None,
+        writer: Writer | None = None,
     ) -> Any:
         """Answer one question (a `Result`) or several (a list of them, in the order given).
 
@@ -286,7 +288,8 @@ class RecursiveSystem(Parts):
         (see interventions.py); `seed` orders what is shuffled. `keys` name the questions for sampling (default: text).
         `num_samples` answers are sampled from the same latents, which are thought once; the first is what would be
         sampled alone. `tools` are what the answering role can call while it writes (see tools/), within `tool_limits`:
-        in its answer (`tools_after="last"`), or in `every` round.
+        in its answer (`tools_after="last"`), or in `every` round. `writer` writes the answers in place of the answering
+        role's model: a vLLM server (see remote.py).
         A batch that does not fit into the memory of a GPU is halved. A question that does not fit into a context is
         refused, or with `on_long_question="truncate"` cut on its left (see context.py). Raises `InputError`,
         `ConfigError` or `NumericsError`.
@@ -294,7 +297,7 @@ class RecursiveSystem(Parts):
         several = as_questions(questions)
         level = trace_level(trace)
         plan = self._answering.plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
-        plan = equip(plan, tools, tools_after, tool_limits)
+        plan = hand_over(equip(plan, tools, tools_after, tool_limits), writer, self._answering.model)
         names = list(keys) if keys is not None else several
         if len(names) != len(several):
             raise InputError(f"{len(names)} keys were given for {len(several)} questions; give one for each")

@@ -150,6 +150,7 @@ def test_options_are_frozen() -> None:
                 "compile",
                 "residency",
                 "quantization",
+                "vllm",
                 "as_json",
             ]
         ),

@@ -91,6 +91,9 @@ def run(
     compile: Compile = False,
     residency: Residency = "all",
     quantization: Quantization = None,
+    vllm: Annotated[
+        str | None, typer.Option(metavar="URL", help="A vLLM server that writes the answers, if it writes the same.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask a system your own question, and see what its agents pass on.
@@ -98,6 +101,7 @@ def run(
     [bold]Example:[/bold] recursivemas run ward "$(recursivemas world ward sample -n 1)" --rounds 3 --trace runs/trace
     """
     from recursivemas.decoding import SamplingParams
+    from recursivemas.remote import VLLMServer
     from recursivemas.system import RecursiveSystem
     from recursivemas.trace import load_traces
 
@@ -141,7 +145,7 @@ def run(
     elif until is not None:
         raise InputError("--until says where a replay stops: give --replay DIR too")
     _tell_closed(loaded, options["channel"])
-    if len(asked) == 1 and samples == 1 and not (as_json or trace or intervene or recorded):
+    if len(asked) == 1 and samples == 1 and not (as_json or trace or intervene or recorded or vllm):
         _stream(loaded, asked[0], options)
         return
     if not recorded:
@@ -156,6 +160,7 @@ def run(
             batch_size=batch_size,
             seed=seed,
             num_samples=samples,
+            writer=VLLMServer(vllm) if vllm else None,
             progress=lambda done, total: bar.update(task, completed=done),
         )
     if as_json:
