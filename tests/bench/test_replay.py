@@ -83,9 +83,9 @@ def test_a_replay_counts_the_papers_tokens() -> None:
     ]
     assert all(row["speed-up"].median > 0 for row in cells.rows)
     # 3059 tokens against 519, over 64: 48 against 8; with 8 turns of one latent step, 16.
-    assert cells.rows[1]["fewer tokens"] == "83.3%"
-    assert cells.rows[1]["latent steps counted"] == "66.7%"
-    assert cells.rows[1]["paper's "] == "83.0%"
+    assert cells.rows[1]["tokens saved"] == "83.3%"
+    assert cells.rows[1]["saved, steps counted"] == "66.7%"
+    assert cells.rows[1]["paper: saved"] == "83.0%"
     assert [row["r"] for row in summary.rows] == [1, 3]
-    assert summary.rows[1]["paper's headline"] == 2.4
+    assert summary.rows[1]["headline"] == 2.4
     assert "sequential_light MATH500, r = 3: text" in told

@@ -112,3 +112,28 @@ def test_steps_a_second_beside_the_floor(agent: Agent) -> None:
         assert row["share of the floor"].median == pytest.approx(share)
         assert row["latents a second"].median == pytest.approx(rows * row["steps a second"].median)
         assert row["floor, steps a second"] == pytest.approx(row["copied, GB/s"].median / row["weights, GB"])
+
+
+def test_compiled_steps_are_measured_beside_the_others(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced, but not compiled to machine code, which takes minutes.
+    compile = LanguageModel.compile
+    monkeypatch.setattr(LanguageModel, "compile", lambda self: compile(self, backend="eager"))
+    twin = steps.compiled_twin(agent)
+    assert twin.model.network is agent.model.network
+    sizes = {"batch_sizes": [1], "prompt_length": 4, "repeats": 1}
+    section = steps.latent_steps(agent, compiled=twin, num_steps=5, **sizes)
+    assert section.rows[0]["eager / compiled"].median > 0
+    assert twin.model.is_compiled
+    section = steps.decode_steps(agent, agent.inner_link, compiled=twin, num_tokens=5, num_latent_steps=2, **sizes)
+    assert section.rows[0]["eager / compiled"].unit == ""
+    section = steps.floor(agent, compiled=twin, num_steps=5, copied_bytes=2**20, **sizes)
+    assert [row["path"] for row in section.rows] == ["eager", "compiled"]
+    assert not section.goals  # they are set for GPUs
+
+
+def test_what_cannot_be_compiled_is_told(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LanguageModel, "compile", lambda self: None)
+    section = steps.latent_steps(
+        agent, compiled=steps.compiled_twin(agent), batch_sizes=[1], prompt_length=4, num_steps=2, repeats=1
+    )
+    assert section.rows[0]["eager / compiled"] == "not compiled"

@@ -1,5 +1,6 @@
 """How times are taken and told: in turns, repeat by repeat, with their spread."""
 
+import json
 import time
 from collections.abc import Callable
 
@@ -53,13 +54,14 @@ def test_ratios_are_taken_repeat_by_repeat() -> None:
 def test_spread_is_the_quartiles_or_the_range_of_few_values() -> None:
     assert Measured((3.0, 1.0, 2.0)).quartiles == (1.0, 3.0)
     assert Measured((5.0, 1.0, 2.0, 3.0, 4.0)).quartiles == (2.0, 4.0)
-    assert Measured((3.0, 1.0, 2.0), "s").to_plain() == {"median": 2.0, "low": 1.0, "high": 3.0, "n": 3, "unit": "s"}
+    expected = {"median": 2.0, "low": 1.0, "high": 3.0, "n": 3, "unit": "s", "values": [3.0, 1.0, 2.0]}
+    assert Measured((3.0, 1.0, 2.0), "s").to_plain() == expected
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (Measured((1.0, 2.0, 3.0), "ms"), "2.00 ms (1.00–3.00, n = 3)"),
+        (Measured((1.0, 2.0, 3.0), "ms"), "2.00 ms ±50% (n = 3)"),
         (12345, "12,345"),
         (0.12345, "0.123"),
         (123.4, "123"),
@@ -81,6 +83,8 @@ def test_goals_are_judged_by_the_median() -> None:
     ]
     assert [goal.holds for goal in goals] == [True, False, True, False]
     section = goals_section([Section("a", "A", [], goals[:2]), Section("b", "B", [], goals[2:])])
+    judged = Section("a", "A", [], goals)
+    assert Section.from_plain(judged.to_plain()) == judged
     assert [row["kept"] for row in section.rows] == ["yes", "NO", "yes", "NO"]
     assert [row["bound"] for row in section.rows] == ["at most 1.1", "at most 1.1", "at least 5", "at least 5"]
 
@@ -91,9 +95,9 @@ def test_a_section_is_a_table() -> None:
     ]
     section = merged(parts)
     assert section.to_markdown() == (
-        "| agent | ratio |\n| --- | --- |\n| a | 2.00 (1.00–3.00) |\n| b | 2.00 (1.00–3.00) |\n\n"
-        "Medians of 3 repeats, in brackets their quartiles. Of something."
+        "| agent | ratio |\n| --- | --- |\n| a | 2.00 ±50% |\n| b | 2.00 ±50% |\n\n"
+        "Medians of 3 repeats; ± is half the distance between the quartiles. Of something."
     )
-    assert section.to_plain()["rows"][1]["ratio"]["n"] == 3
+    assert Section.from_plain(json.loads(json.dumps(section.to_plain()))) == section
     mixed = Section("y", "Y", [{"few": Measured((1.0,)), "many": Measured((1.0, 1.0))}])
-    assert mixed.cells() == [["1.00 (1.00–1.00, n = 1)", "1.00 (1.00–1.00, n = 2)"]]
+    assert mixed.cells() == [["1.00 (n = 1)", "1.00 ±0% (n = 2)"]]

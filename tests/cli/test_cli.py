@@ -112,6 +112,7 @@ def test_options_are_frozen() -> None:
                 "only",
                 "repeats",
                 "quick",
+                "compile",
                 "batch_size",
                 "output",
                 "seed",

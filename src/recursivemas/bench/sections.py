@@ -3,7 +3,7 @@
 Written as plain data (JSON) and as Markdown. Knows nothing of what is measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,9 +66,10 @@ class Section:
     @property
     def caption(self) -> str:
         """What stands below the table: how the figures were taken, and the note."""
-        several = "" if len(self._counts) > 1 else f" of {max(self._counts, default=0)} repeats"
-        told = f"Medians{several}, in brackets their quartiles." if self._counts else ""
-        return f"{told} {self.note}".strip()
+        if not self._counts or max(self._counts) == 1:
+            return f"{'n = 1. ' if self._counts else ''}{self.note}"
+        several = "" if len(self._counts) > 1 else f" of {max(self._counts)} repeats"
+        return f"Medians{several}; ± is half the distance between the quartiles. {self.note}".strip()
 
     def to_plain(self) -> dict[str, Any]:
         """As plain data."""
@@ -78,10 +79,25 @@ class Section:
             "note": self.note,
             "rows": [{column: _plain(value) for column, value in row.items()} for row in self.rows],
             "goals": [
-                {"goal": goal.name, "bound": goal.bound, "found": _plain(goal.found), "holds": goal.holds}
+                {
+                    "name": goal.name,
+                    "found": _plain(goal.found),
+                    "at_most": goal.at_most,
+                    "at_least": goal.at_least,
+                    "holds": goal.holds,
+                }
                 for goal in self.goals
             ],
         }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Section":
+        """A section as it was before it was written as plain data."""
+        rows = [{column: _from_plain(value) for column, value in row.items()} for row in plain["rows"]]
+        goals = [
+            Goal(each["name"], _from_plain(each["found"]), each["at_most"], each["at_least"]) for each in plain["goals"]
+        ]
+        return cls(plain["name"], plain["title"], rows, goals, plain["note"])
 
     def to_markdown(self) -> str:
         """As a table, with its note below."""
@@ -102,12 +118,16 @@ def goals_section(sections: Sequence[Section]) -> Section:
 
 
 def as_words(value: Value, *, say_count: bool = True) -> str:
-    """A value as it stands in a table: of measured values the median, the quartiles and the number of repeats."""
+    """A value as it stands in a table: of measured values the median and its spread, and the number of repeats.
+
+    The spread is half the distance between the quartiles, in per cent of the median.
+    """
     if isinstance(value, Measured):
         unit = f" {value.unit}" if value.unit else ""
         low, high = value.quartiles
-        count = f", n = {len(value.values)}" if say_count else ""
-        return f"{_short(value.median)}{unit} ({_short(low)}–{_short(high)}{count})"
+        spread = f" ±{50 * (high - low) / abs(value.median):.0f}%" if len(value.values) > 1 and value.median else ""
+        count = f" (n = {len(value.values)})" if say_count else ""
+        return f"{_short(value.median)}{unit}{spread}{count}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return _short(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
@@ -123,3 +143,7 @@ def _short(value: float) -> str:
 
 def _plain(value: Value) -> Any:
     return value.to_plain() if isinstance(value, Measured) else value
+
+
+def _from_plain(value: Any) -> Any:
+    return Measured(tuple(value["values"]), value["unit"]) if isinstance(value, Mapping) else value

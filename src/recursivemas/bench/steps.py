@@ -9,7 +9,7 @@
 Prompts are random tokens, as long in every row. Knows agents, caches and models; knows nothing of rounds or prompts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -31,6 +31,7 @@ from recursivemas.rollout import latent_rollout, latent_rollout_reference
 
 Progress = Callable[[str], None]
 LATENT_STEP_GOAL, DECODE_STEP_GOAL = 1.10, 1.05
+FLOOR_GOAL, COMPILED_GOAL = 0.7, 5.0
 GOAL_WIDTH = 256
 """The least width at which the goals for single steps hold: below, a link is not small beside its body."""
 UNCACHED_GOALS = {(120, 16): 5.0, (200, 48): 12.0, (500, 48): 18.0}
@@ -66,13 +67,17 @@ class Prompt:
 def latent_steps(
     agent: Agent,
     *,
+    compiled: Agent | None = None,
     batch_sizes: Sequence[int],
     prompt_length: int,
     num_steps: int,
     repeats: int,
     progress: Progress | None = None,
 ) -> Section:
-    """A latent step over a bare forward of the same body, whose cache grows as well."""
+    """A latent step over a bare forward of the same body, whose cache grows as well.
+
+    `compiled` is the agent whose steps are compiled, to be measured beside it (see `compiled_twin`).
+    """
     rows: list[Row] = []
     goals = []
     model = agent.model
@@ -83,6 +88,8 @@ def latent_steps(
             "latent": partial(_thinking, agent, prompt, num_steps),
             "link": ready(_map_states, agent.inner_link, prompt.state, num_steps),
         }
+        if compiled is not None:
+            arms["compiled"] = partial(_thinking, compiled, prompt, num_steps)
         took = take_turns(arms, repeats, model.device, _tell(progress, f"latent steps, batch {batch_size}"))
         per_step = {name: each.milliseconds(num_steps) for name, each in took.items()}
         ratio = took["latent"].over(took["bare"])
@@ -95,6 +102,7 @@ def latent_steps(
                 "of it the inner link": per_step["link"],
                 "latent step / bare forward": ratio,
                 "latent steps a second": took["latent"].rate(batch_size * num_steps),
+                **_gain(compiled, took["latent"], took.get("compiled")),
             }
         )
         if batch_size == 8 and model.hidden_size >= GOAL_WIDTH:
@@ -107,6 +115,7 @@ def decode_steps(
     agent: Agent,
     link: RecursiveLink,
     *,
+    compiled: Agent | None = None,
     batch_sizes: Sequence[int],
     prompt_length: int,
     num_tokens: int,
@@ -128,9 +137,16 @@ def decode_steps(
             "ours": ready(write, prompt, num_tokens + 1),
             "link": ready(_map_states, link, message, 1),
         }
+        if compiled is not None:
+            arms |= {"compiled 1": ready(write, prompt, 1, compiled.model)}
+            arms |= {"compiled": ready(write, prompt, num_tokens + 1, compiled.model)}
         same = write(prompt, num_tokens + 1) == generate(prompt, num_tokens + 1)
         took = take_turns(arms, repeats, model.device, _tell(progress, f"decoding, batch {batch_size}"))
-        step = {name: took[name].less(took[f"{name} 1"]).milliseconds(num_tokens) for name in ("ours", "generate")}
+        step = {
+            name: took[name].less(took[f"{name} 1"]).milliseconds(num_tokens)
+            for name in ("ours", "generate", "compiled")
+            if name in took
+        }
         ratio = step["ours"].over(step["generate"])
         rows.append(
             {
@@ -142,6 +158,7 @@ def decode_steps(
                 "decode step / generate's": ratio,
                 "link / generate's step": took["link"].milliseconds().over(step["generate"]),
                 "same tokens": same,
+                **_gain(compiled, step["ours"], step.get("compiled")),
             }
         )
         if model.hidden_size >= GOAL_WIDTH:
@@ -205,6 +222,7 @@ def uncached(
 def floor(
     agent: Agent,
     *,
+    compiled: Agent | None = None,
     batch_sizes: Sequence[int],
     prompt_length: int,
     num_steps: int,
@@ -218,11 +236,16 @@ def floor(
     size = body_bytes(agent)
     most = bandwidth.median / size
     rows: list[Row] = []
+    goals: list[Goal] = []
     for batch_size in batch_sizes:
         prompt = Prompt.read(model, batch_size, prompt_length)
         arms = {"eager": partial(_thinking, agent, prompt, num_steps)}
-        told = _tell(progress, f"bandwidth floor, batch {batch_size}")
-        for name, each in take_turns(arms, repeats, model.device, told).items():
+        if compiled is not None:
+            arms["compiled"] = partial(_thinking, compiled, prompt, num_steps)
+        took = take_turns(arms, repeats, model.device, _tell(progress, f"bandwidth floor, batch {batch_size}"))
+        if compiled is not None and batch_size == 1 and model.device.type == "cuda":
+            goals += _compiled_goals(agent.role, took, took["compiled"].rate(num_steps).times(1 / most))
+        for name, each in took.items():
             steps = each.rate(num_steps)
             rows.append(
                 {
@@ -242,7 +265,30 @@ def floor(
         "embedding table, and of the inner link; the floor is how often they could be read a second, at the speed at "
         "which memory is copied (bytes read and written). Caches, which are read as well, are not counted."
     )
-    return Section("floor", "Latent steps beside the floor that the weights set", rows, note=note)
+    return Section("floor", "Latent steps beside the floor that the weights set", rows, goals, note)
+
+
+def _gain(compiled: Agent | None, eager: Measured, took: Measured | None) -> Row:
+    """The column that says what compiling has gained, where that was asked for."""
+    if compiled is None or took is None:
+        return {}
+    return {"eager / compiled": eager.over(took) if compiled.model.is_compiled else "not compiled"}
+
+
+def _compiled_goals(role: str, took: Mapping[str, Measured], share: Measured) -> list[Goal]:
+    """What compiled steps of one row should reach on a GPU."""
+    gain = took["eager"].over(took["compiled"])
+    return [
+        Goal(f"compiled latent step, share of the floor, {role}, batch 1", share, at_least=FLOOR_GOAL),
+        Goal(f"eager / compiled latent step, {role}, batch 1", gain, at_least=COMPILED_GOAL),
+    ]
+
+
+def compiled_twin(agent: Agent) -> Agent:
+    """The same agent on the same weights, whose steps are compiled."""
+    twin = LanguageModel(agent.model.network, agent.model.tokenizer, source=agent.model.source)
+    twin.compile()
+    return Agent(agent.role, twin, agent.inner_link)
 
 
 @torch.no_grad()
@@ -264,9 +310,9 @@ def uncached_thoughts(
 
 
 @torch.no_grad()
-def write(prompt: Prompt, num_tokens: int) -> list[tuple[int, ...]]:
-    """Read the prompt and write so many tokens."""
-    model = prompt.model
+def write(prompt: Prompt, num_tokens: int, model: LanguageModel | None = None) -> list[tuple[int, ...]]:
+    """Read the prompt and write so many tokens; with another wrapping of its model, if one is given."""
+    model = model or prompt.model
     cache = model.new_cache(len(prompt.input_ids))
     state = model.step(cache, model.embed(prompt.input_ids))[:, -1]
     return [reply.token_ids for reply in decode(model, cache, state, of_length(num_tokens), prompt.keys)]

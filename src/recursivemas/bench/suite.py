@@ -50,6 +50,8 @@ class Effort:
     """Of single steps; of whole runs a third, three at least."""
     quick: bool = False
     """Small sizes alone."""
+    compiled: bool = False
+    """Single steps compiled, too."""
 
     @property
     def runs(self) -> int:
@@ -151,9 +153,13 @@ class Suite:
 
     # Single steps
 
+    def _twin(self, agent: Agent) -> Agent | None:
+        return steps.compiled_twin(agent) if self._effort.compiled else None
+
     def _latent_step(self, agent: Agent) -> Section:
         return steps.latent_steps(
             agent,
+            compiled=self._twin(agent),
             batch_sizes=self._effort.some([8, 1, 32]),
             prompt_length=120,
             num_steps=16,
@@ -165,6 +171,7 @@ class Suite:
         return steps.decode_steps(
             agent,
             self._subject.outgoing_link(agent),
+            compiled=self._twin(agent),
             batch_sizes=self._effort.some([8, 1]),
             prompt_length=120,
             num_tokens=32,
@@ -188,6 +195,7 @@ class Suite:
     def _floor(self, agent: Agent) -> Section:
         return steps.floor(
             agent,
+            compiled=self._twin(agent),
             batch_sizes=self._effort.some([1, 8, 32]),
             prompt_length=120,
             num_steps=32,

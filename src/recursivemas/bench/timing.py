@@ -67,9 +67,10 @@ class Measured:
         return Measured(tuple(a - b for a, b in zip(self.values, other.values, strict=True)), self.unit)
 
     def to_plain(self) -> dict[str, Any]:
-        """Median, quartiles and number of repeats."""
+        """Median, quartiles and number of repeats, and the values themselves."""
         low, high = self.quartiles
-        return {"median": self.median, "low": low, "high": high, "n": len(self.values), "unit": self.unit}
+        found = {"median": self.median, "low": low, "high": high, "n": len(self.values), "unit": self.unit}
+        return {**found, "values": list(self.values)}
 
 
 def take_turns(

@@ -14,11 +14,24 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from recursivemas.cli.terminal import AsJson, BatchSize, Device, Dtype, Seed, err, out, print_json, provenance, reported
+from recursivemas.cli.terminal import (
+    AsJson,
+    BatchSize,
+    Compile,
+    Device,
+    Dtype,
+    Seed,
+    err,
+    out,
+    print_json,
+    provenance,
+    reported,
+)
 from recursivemas.errors import ConfigError, InputError, OutputError, unknown_name
 
 if TYPE_CHECKING:
     from recursivemas.bench.sections import Section
+    from recursivemas.bench.suite import Effort
 
 REPLAYS = ("table2",)
 
@@ -55,6 +68,7 @@ def bench(
         typer.Option(help="Of each single step (default 9, whole runs a third); with --replay: of each run."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few repeats, to see that it works.")] = False,
+    compile: Compile = False,
     batch_size: BatchSize = 8,
     output: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.json", help="Write the result there, as JSON.")
@@ -80,6 +94,7 @@ def bench(
     """
     from recursivemas.bench.machine import describe_machine, in_words
     from recursivemas.bench.sections import goals_section
+    from recursivemas.bench.suite import Effort
     from recursivemas.loading import choose_device
 
     _check(system, random, replay, scale, only, benchmarks, repeats, batch_size)
@@ -88,11 +103,12 @@ def bench(
     machine = describe_machine(choose_device(device))
     with _telling() as tell:
         if replay is not None:
-            chosen = {"seed": seed, "device": device, "dtype": dtype}
+            chosen = {"seed": seed, "device": device, "dtype": dtype, "compiled": compile}
             columns = benchmarks.split(",") if benchmarks else None
             sections = _replay(system, columns, scale, batch_size, repeats, quick, tell, chosen)
         else:
-            sections = _measure(system, random, only, repeats, quick, tell, (seed, device, dtype))
+            effort = Effort(repeats or (3 if quick else 9), quick, compile)
+            sections = _measure(system, random, only, effort, tell, (seed, device, dtype))
     goals = goals_section(sections)
     found = {
         **provenance(),
@@ -169,13 +185,12 @@ def _measure(
     name: str | None,
     random: str | None,
     only: str | None,
-    repeats: int | None,
-    quick: bool,
+    effort: "Effort",
     tell: Any,
     chosen: tuple[int, str | None, str | None],
 ) -> list["Section"]:
     from recursivemas.bench.subjects import configuration, parse_names
-    from recursivemas.bench.suite import SECTIONS, Effort, Subject, Suite, sections_for
+    from recursivemas.bench.suite import SECTIONS, Subject, Suite, sections_for
     from recursivemas.loading import choose_device
     from recursivemas.system import RecursiveSystem
 
@@ -185,7 +200,6 @@ def _measure(
         subject = Subject.random(configuration(random), seed, device, dtype)
     else:
         subject = Subject.of(RecursiveSystem.from_pretrained(name or "", device=device, dtype=dtype), seed)
-    effort = Effort(repeats or (3 if quick else 9), quick)
     return list(Suite(subject, effort, tell).measure(names))
 
 
