@@ -135,6 +135,19 @@ class Parts:
         for model in self.models:
             model.compile(enabled, backend=backend)
 
+    def hash_into(self, digest: "hashlib._Hash") -> None:
+        """Add all that answers depend on: settings, pattern, prompts, models and links."""
+        for part in (self.settings, self.pattern, self.prompts):
+            digest.update(part.model_dump_json().encode())
+        for role, agent in sorted(self.agents.items()):
+            model = agent.model
+            digest.update(f"{role}\0{model.source}\0{model.revision}\0".encode())
+            digest.update(b"" if model.source else model.fingerprint().encode())
+        for name, link in sorted(self.all_links.items()):
+            digest.update(name.encode())
+            for tensor in link.state_dict().values():
+                digest.update(tensor.detach().cpu().numpy().tobytes())
+
     @torch.no_grad()
     def calibrate(self, text: str) -> None:
         """Size every link by how its reader embeds this text (see `RecursiveLink.calibrate`)."""

@@ -6,48 +6,37 @@ gradients in the third. Here a system is also built, loaded, saved, and turned i
 Knows its parts; knows nothing of data sets, losses, schedules or servers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from recursivemas.agents import Agent
-from recursivemas.answering import (
-    Answering,
-    Intervene,
-    Result,
-    TextDelta,
-    Tools,
-    as_intervention,
-    equip,
-    hand_over,
-    mark_cut,
-    trace_level,
-)
+from recursivemas.answering import Answering, Event, Result, TextDelta
 from recursivemas.assembly import link_models, read_linked, write_parts
-from recursivemas.batches import as_questions, check_whole, in_batches
+from recursivemas.batches import as_questions, check_whole
 from recursivemas.channels import LATENT_SOURCES
 from recursivemas.checkpoint import SystemSettings, atomic_directory, find_system, read_manifest
 from recursivemas.config import parse
-from recursivemas.decoding import SamplingParams, Writer
 from recursivemas.errors import CheckpointError, ConfigError, InputError, PatternError, unknown_name
 from recursivemas.interventions import Intervention
 from recursivemas.links import DEFAULT_DESIGN, RecursiveLink
 from recursivemas.models import LanguageModel, load_models
 from recursivemas.parts import CALIBRATION_TEXT, Parts
 from recursivemas.patterns import Pattern
+from recursivemas.planning import Intervene, RunOptions, as_intervention, make_plan
 from recursivemas.prompts import PromptSet
 from recursivemas.publishing import push
 from recursivemas.recursion import PlayedTurn, Recursion
 from recursivemas.release.reading import read_release
 from recursivemas.release.writing import write_release
 from recursivemas.residency import turns_for
-from recursivemas.tools import ToolLimits
-from recursivemas.trace import Meter, check_trace_dir, save_traces
+from recursivemas.running import Run
+from recursivemas.trace import Meter
 
 Progress = Callable[[int, int], None]
 
@@ -257,99 +246,40 @@ class RecursiveSystem(Parts):
     # Running
 
     def run(
-        self,
-        questions: str | Sequence[str],
-        *,
-        num_rounds: int | None = None,
-        num_latent_steps: int | None = None,
-        channel: str | Mapping[str, str] | None = None,
-        sampling: SamplingParams | None = None,
-        trace: str | bool = "summary",
-        trace_dir: Path | None = None,
-        intervene: str | Intervention | Intervene | None = None,
-        variant: str | None = None,
-        instructions: str = "",
-        keys: Sequence[str] | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
-        num_samples: int = 1,
-        tools: Tools | None = None,
-        tools_after: str = "last",
-        tool_limits: ToolLimits | None = None,
-        progress: Progress | None = None,
-        on_long_question: str | None = None,
-        writer: Writer | None = None,
+        self, questions: str | Sequence[str], *, progress: Progress | None = None, **options: Unpack[RunOptions]
     ) -> Any:
-        """Answer one question (a `Result`) or several (a list of them, in the order given).
+        """Answer one question (a `Result`) or several (a list of them, in the order given). Options: see `RunOptions`.
 
-        `channel` is one name for all edges, or one for each (`*` for all others); `variant` a wording of the prompts;
-        `instructions` go where the prompts say `{instructions}`. `trace` is off, summary or full (True means full);
-        with `trace_dir` tensors go to disk batch by batch. `intervene` is shuffled, shuffled:ROLE, zero, or a function
-        (see interventions.py); `seed` orders what is shuffled. `keys` name the questions for sampling (default: text).
-        `num_samples` answers are sampled from the same latents, which are thought once; the first is what would be
-        sampled alone. `tools` are what the answering role can call while it writes (see tools/), within `tool_limits`:
-        in its answer (`tools_after="last"`), or in `every` round. `writer` writes the answers in place of the answering
-        role's model: a vLLM server (see remote.py).
-        A batch that does not fit into the memory of a GPU is halved. A question that does not fit into a context is
-        refused, or with `on_long_question="truncate"` cut on its left (see context.py). Raises `InputError`,
-        `ConfigError` or `NumericsError`.
+        Questions are answered in batches by length, and come out as they would alone. A batch that does not fit into
+        the memory of a GPU is halved. `progress` is told after every batch how many are answered, of how many. Raises
+        `InputError`, `ConfigError`, `OutputError` or `NumericsError`.
         """
         several = as_questions(questions)
-        level = trace_level(trace)
-        plan = self._answering.plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
-        plan = hand_over(equip(plan, tools, tools_after, tool_limits), writer, self._answering.model)
-        names = list(keys) if keys is not None else several
-        if len(names) != len(several):
-            raise InputError(f"{len(names)} keys were given for {len(several)} questions; give one for each")
-        check_whole("batch_size", batch_size, 1, 1_000_000)
-        check_whole("num_samples", num_samples, 1, 1_000_000)
-        if num_samples > 1 and plan.sampling.temperature == 0:
-            raise ConfigError(f"{num_samples} answers at temperature 0 would all be the same; give a temperature")
-        asked, cut = self._answering.cut(several, plan, on_long_question)
-        order, plan_of = self._answering.intervened(plan, intervene, asked, names, seed)
-
-        def answer(rows: list[int]) -> list[Result]:
-            some = [asked[row] for row in rows], [names[row] for row in rows]
-            done = self._answering.answer(*some, plan_of(rows), level, num_samples)
-            return [mark_cut(result, several[row], cut[row]) for row, result in zip(rows, done, strict=True)]
-
-        place = Path(trace_dir) if trace_dir is not None else None
-        if place is not None:
-            check_trace_dir(place, level)
         results: dict[int, Result] = {}
-        for number, (rows, done) in enumerate(in_batches(answer, order, batch_size)):
-            if place is not None:
-                kept = save_traces(place, [result.trace for result in done], batch=number)
-                done = [replace(result, trace=each) for result, each in zip(done, kept, strict=True)]
-            results.update(zip(rows, done, strict=True))
-            if progress is not None:
-                progress(len(results), len(order))
-        answers = [results[row] for row in range(len(several))]
+        for event in Run(self._answering, options).answer(several):
+            if isinstance(event, list):
+                results |= {result.index: result for result in event}
+                if progress is not None:
+                    progress(len(results), len(several))
+        answers = [results[index] for index in range(len(several))]
         return answers[0] if isinstance(questions, str) else answers
 
     def stream(
-        self,
-        question: str,
-        *,
-        num_rounds: int | None = None,
-        num_latent_steps: int | None = None,
-        channel: str | Mapping[str, str] | None = None,
-        sampling: SamplingParams | None = None,
-        variant: str | None = None,
-        instructions: str = "",
-        tools: Tools | None = None,
-        tools_after: str = "last",
-        tool_limits: ToolLimits | None = None,
-        on_long_question: str | None = None,
+        self, questions: str | Iterable[str], *, tokens: bool = False, **options: Unpack[RunOptions]
     ) -> Iterator[PlayedTurn | TextDelta | Result]:
         """Answer one question, telling what happens: each turn, pieces of the answer, then the `Result`.
 
-        Options as in `run`. Raises `InputError`, `ConfigError` or `NumericsError`.
+        Or answer any number of them, which may come from an iterator, and yield each `Result` when its batch is done;
+        `index` says which question it belongs to. They are read some batches ahead, and forgotten when they are
+        answered. With `tokens` pieces of the answers are told too. Options and errors as in `run`.
         """
-        [question] = as_questions([question])
-        plan = self._answering.plan(num_rounds, num_latent_steps, channel, sampling, variant, instructions)
-        plan = equip(plan, tools, tools_after, tool_limits)
-        return self._answering.tell(question, plan, on_long_question)
+        run = Run(self._answering, options)
+        if isinstance(questions, str):
+            return _told(run.answer(as_questions(questions), in_pieces=True), turns=True)
+        several = as_questions(questions) if isinstance(questions, Sequence) else questions
+        if not isinstance(several, Iterable):
+            raise InputError(f"expected questions as texts, one after the other; got {type(several).__name__}")
+        return _told(run.answer(several, in_pieces=tokens), turns=False)
 
     def unroll(
         self,
@@ -383,7 +313,16 @@ class RecursiveSystem(Parts):
         gradients, about a third more time, and memory that hardly grows with the rounds.
         """
         several = as_questions(questions)
-        plan = self._answering.plan(num_rounds, num_latent_steps, channel, None, variant, instructions)
+        plan = make_plan(
+            self,
+            {
+                "num_rounds": num_rounds,
+                "num_latent_steps": num_latent_steps,
+                "channel": channel,
+                "variant": variant,
+                "instructions": instructions,
+            },
+        )
         for round in answer_rounds:
             check_whole("a round of answer_rounds", round, 1, plan.num_rounds)
         if latent_source not in LATENT_SOURCES:
@@ -410,3 +349,12 @@ class RecursiveSystem(Parts):
     def __repr__(self) -> str:
         models = ", ".join(f"{role}: {agent.model.config.model_type}" for role, agent in self.agents.items())
         return f"RecursiveSystem({self.settings.name!r}, pattern={self.pattern.name!r}, {models})"
+
+
+def _told(events: Iterator[Event], *, turns: bool) -> Iterator[PlayedTurn | TextDelta | Result]:
+    """Results one by one, and whatever else is told; turns if they are wanted."""
+    for event in events:
+        if isinstance(event, list):
+            yield from event
+        elif turns or not isinstance(event, PlayedTurn):
+            yield event

@@ -141,6 +141,13 @@ def test_options_are_frozen() -> None:
                 "tools_after",
                 "max_tool_calls",
                 "run_code_without_sandbox",
+                "on_long_question",
+                "data",
+                "output",
+                "question_column",
+                "id_column",
+                "overwrite",
+                "max_batch_tokens",
                 "trace",
                 "replay",
                 "until",
@@ -269,6 +276,56 @@ def test_questions_come_from_stdin(invoke: Invoke, saved: Path) -> None:
     assert [each["question"] for each in json.loads(result.stdout)] == ["What is 2 + 2?", "Why?"]
 
 
+def test_a_file_of_questions_is_answered_into_another(
+    invoke: Invoke, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["What is 2 + 2?", "Why?", "Name the river, and the town, and the bridge."]
+    write_jsonl(tmp_path / "questions.jsonl", [{"question": question} for question in asked])
+    # Where there is no terminal for a bar, how far it is is told in lines.
+    monkeypatch.setattr("recursivemas.cli.terminal.SECONDS_PER_LINE", 0.0)
+    arguments = ("run", saved, "--data", "questions.jsonl", "--out", "answers.jsonl")
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"questions": 3, "answers": "answers.jsonl"}
+    assert "answering: 3 of 3, " in result.stderr
+    assert " a second, 0:00:00 left" in result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    expected = RecursiveSystem.from_pretrained(saved).run(asked)
+    assert [(line["question"], line["text"]) for line in lines] == [
+        (question, result.text) for question, result in zip(asked, expected, strict=True)
+    ]
+    assert_refused(invoke(*arguments), "answers.jsonl exists already", "--overwrite")
+    assert invoke(*arguments, "--overwrite").stdout == ""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4])
+def test_a_killed_run_over_a_file_goes_on_to_the_same_file(
+    invoke: Invoke, saved: Path, tmp_path: Path, seconds: float
+) -> None:
+    write_jsonl(tmp_path / "questions.jsonl", [{"question": f"What is {n} plus {n * n}?"} for n in range(400)])
+    options = ("--data", "questions.jsonl", "--batch-size", "4", "--rounds", "1", "--temperature", "1")
+    process = subprocess.Popen(
+        command("run", saved, *options, "--out", "killed.jsonl"), cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    part = tmp_path / "killed.jsonl.part"
+    deadline = time.monotonic() + 300
+    while not (part.exists() and part.read_bytes().count(b"\n") > 5) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed.jsonl").exists()
+    kept = part.read_bytes()
+    assert 5 < kept.count(b"\n") < 400
+    assert_refused(invoke("run", saved, *options, "--top-p", "0.9", "--out", "killed.jsonl"), "settings (sampling)")
+    assert part.read_bytes() == kept
+    for out in ("killed.jsonl", "whole.jsonl"):
+        assert invoke("run", saved, *options, "--out", out).exit_code == 0
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+
+
 def test_a_run_is_replayed_from_any_message(invoke: Invoke, saved: Path) -> None:
     recorded = invoke("run", saved, "What is 2 + 2?", "--trace", "trace", "--json")
     answer = json.loads(recorded.stdout)[0]["text"]
@@ -304,6 +361,13 @@ def test_one_edge_gets_a_channel_of_its_own(invoke: Invoke, saved: Path) -> None
         (["run", "SAVED", "Why?", "--dtype", "float23"], ["unknown dtype", "float32"]),
         (["run", "SAVED", "Why?", "--temperature", "-1"], ["temperature"]),
         (["run", "SAVED", "Why?", "--until", "1:a->b"], ["--replay"]),
+        (["run", "SAVED", "--data", "missing.jsonl"], ["--out FILE.jsonl"]),
+        (["run", "SAVED", "--data", "missing.jsonl", "--out", "a.jsonl"], ["there is no file missing.jsonl"]),
+        (["run", "SAVED", "Why?", "--out", "a.jsonl"], ["--data FILE.jsonl"]),
+        (["run", "SAVED", "Why?", "--data", "q.jsonl", "--out", "a.jsonl"], ["leave out questions"]),
+        (["run", "SAVED", "--data", "q.jsonl", "--out", "a.jsonl", "--trace", "t"], ["leave out --trace"]),
+        (["run", "SAVED", "Why?", "--max-batch-tokens", "0"], ["max_batch_tokens", "0"]),
+        (["run", "SAVED", "Why?", "--on-long-question", "cut"], ["way with long questions", "truncate"]),
         (["eval", "SAVED"], ["--task", "--data"]),
         (["eval", "SAVED", "--task", "wrad"], ["unknown world 'wrad'", "'ward'"]),
         (["eval", "SAVED", "--data", "missing.jsonl"], ["missing.jsonl"]),
@@ -734,6 +798,7 @@ STOPPED = {
     "demo": (("demo", "-n", "2000", "--batch-size", "10"), "runs/demo/answers-ward.jsonl"),
     "world": (("world", "ward", "build", "--out", "world"), "world/data/turns-solver.jsonl"),
     "run": (("run", "SAVED", *["Why?"] * 3000, "--batch-size", "1", "--trace", "trace"), "trace/batch-00000.json"),
+    "run --data": (("run", "SAVED", "--data", "mine.jsonl", "--out", "a.jsonl", "--batch-size", "2"), "a.jsonl.part"),
 }
 
 
@@ -758,7 +823,9 @@ def test_ctrl_c_ends_every_verb_in_one_line_and_keeps_what_is_done(tmp_path: Pat
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130, complaint
-    assert complaint.strip().splitlines()[-1].startswith("recursivemas: interrupted")
+    last = complaint.strip().splitlines()[-1]
+    assert last.startswith("recursivemas: interrupted")
+    assert ("the same command goes on from there" in last) == (verb != "run")
     assert "Traceback" not in complaint
     assert (tmp_path / sign_of_life).stat().st_size > 0
 
@@ -768,7 +835,7 @@ def small_files_only() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
-@pytest.mark.parametrize("verb", ["eval", "run", "train"])
+@pytest.mark.parametrize("verb", ["eval", "run", "run --data", "train"])
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, saved: Path, verb: str) -> None:
     rows = [{"question": f"Why {number}?", "answer": "1"} for number in range(20)]
     data = write_jsonl(tmp_path / "mine.jsonl", rows)
@@ -776,6 +843,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, saved: Path, verb: str) -
     arguments = {
         "eval": ("eval", saved, "--data", data, "--out", "out", "--arms", "latent"),
         "run": ("run", saved, "Why?", "--trace", "trace"),
+        "run --data": ("run", saved, "--data", data, "--out", "answers.jsonl"),
         "train": ("train", "ward.yaml"),
     }[verb]
     done = subprocess.run(

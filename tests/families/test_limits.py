@@ -15,6 +15,7 @@ from recursivemas.context import PromptSpace, fit_question
 from recursivemas.decoding import SamplingParams
 from recursivemas.errors import ConfigError, InputError, NumericsError
 from recursivemas.models import LanguageModel
+from recursivemas.planning import make_plan
 from recursivemas.prompts import Segments, Slot
 from recursivemas.system import RecursiveSystem
 
@@ -58,7 +59,7 @@ def test_a_question_that_is_too_long_is_refused(narrow: RecursiveSystem) -> None
 
 def test_it_is_cut_on_its_left_where_that_was_asked_for(narrow: RecursiveSystem) -> None:
     result = narrow.run(LONG, on_long_question="truncate", trace="full")
-    spaces = narrow._recursion.prompt_spaces(narrow._answering.plan(None, None, None, None, None))
+    spaces = narrow._recursion.prompt_spaces(make_plan(narrow, {}))
     kept = fit_question(LONG, spaces)
     assert LONG.endswith(f" {kept}")
     assert kept.endswith(SHORT)
@@ -98,7 +99,7 @@ def test_every_role_reads_the_same_and_no_slot_is_lost(
     monkeypatch.setattr(Agent, "read", watched)
     narrow.run(LONG, on_long_question="truncate")
     texts = ["".join(piece for piece in prompt if isinstance(piece, str)) for _, prompt in seen]
-    kept = fit_question(LONG, narrow._recursion.prompt_spaces(narrow._answering.plan(None, None, None, None, None)))
+    kept = fit_question(LONG, narrow._recursion.prompt_spaces(make_plan(narrow, {})))
     assert all(text.count("fox") == kept.count("fox") and kept in text for text in texts)
     slots = [(role, [piece.role for piece in prompt if isinstance(piece, Slot)]) for role, prompt in seen]
     once = [("critic", ["planner"]), ("solver", ["critic"])]

@@ -10,11 +10,12 @@ import torch
 from tests.tools.pieces import ADD, make_pieces_model
 from typer.testing import CliRunner
 
-from recursivemas.answering import Result, TextDelta, equip
+from recursivemas.answering import Result, TextDelta
 from recursivemas.cli.main import app
 from recursivemas.decoding import SamplingParams
 from recursivemas.errors import ConfigError
 from recursivemas.models import LanguageModel
+from recursivemas.planning import make_plan
 from recursivemas.prompts import PromptSet
 from recursivemas.recursion import PlayedTurn
 from recursivemas.system import RecursiveSystem
@@ -84,7 +85,17 @@ def test_tools_are_used_in_the_answer_or_in_every_round(
 
 
 def test_after_every_round_the_message_is_what_was_written_and_thought_on_from_it(system: RecursiveSystem) -> None:
-    plan = equip(system._answering.plan(2, 4, "both", SAMPLED, None), [ADD], "every", None)
+    plan = make_plan(
+        system,
+        {
+            "num_rounds": 2,
+            "num_latent_steps": 4,
+            "channel": "both",
+            "sampling": SAMPLED,
+            "tools": [ADD],
+            "tools_after": "every",
+        },
+    )
     meter = Meter(len(QUESTIONS), torch.device("cpu"))
     with torch.no_grad():
         played = list(system._recursion.play(QUESTIONS, QUESTIONS, plan, meter))

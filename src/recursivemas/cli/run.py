@@ -14,6 +14,7 @@ from recursivemas.cli.terminal import (
     Compile,
     Device,
     Dtype,
+    KeptInterrupt,
     LatentSteps,
     MaxNewTokens,
     Quantization,
@@ -22,9 +23,9 @@ from recursivemas.cli.terminal import (
     SystemArgument,
     Temperature,
     TopP,
+    counting,
     err,
     print_json,
-    progress_bar,
     reported,
 )
 from recursivemas.errors import InputError
@@ -74,6 +75,20 @@ def run(
             "--run-code-without-sandbox", help="Run what a model writes with your own rights, if there is no sandbox."
         ),
     ] = False,
+    on_long_question: Annotated[
+        str | None,
+        typer.Option(help="refuse a question that is too long for a context, or truncate it. Default: the system's."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Questions, one object a line, in any number.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.jsonl", help="With --data: the answers. A run that was stopped goes on."),
+    ] = None,
+    question_column: Annotated[str, typer.Option(help="With --data: the column of the question.")] = "question",
+    id_column: Annotated[str | None, typer.Option(help="With --data: a column that names questions.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite/--no-overwrite", help="With --out: begin anew.")] = False,
     trace: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write every message to DIR (JSON and safetensors).")
     ] = None,
@@ -85,6 +100,10 @@ def run(
         typer.Option(metavar="ROUND:SOURCE->TARGET", help="With --replay: the last message taken; the rest is anew."),
     ] = None,
     batch_size: BatchSize = 64,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="Positions that the longest context of a batch can take, times its questions. Default: any."),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -98,6 +117,9 @@ def run(
 ) -> None:
     """Ask a system your own question, and see what its agents pass on.
 
+    A file of questions, in any number, is answered into another, and the same command goes on where it was stopped:
+    recursivemas run ward --data questions.jsonl --out answers.jsonl
+
     [bold]Example:[/bold] recursivemas run ward "$(recursivemas world ward sample -n 1)" --rounds 3 --trace runs/trace
     """
     from recursivemas.decoding import SamplingParams
@@ -109,8 +131,9 @@ def run(
         each is not None for each in (questions, channel, rounds, latent_steps, variant, intervene)
     ):
         raise InputError("a replay takes its questions and settings from the trace; give none of your own")
+    _check_file(data, output, questions, trace, replay)
     recorded = load_traces(replay) if replay is not None else []
-    asked = [each.question for each in recorded] or _read_questions(questions)
+    asked = [each.question for each in recorded] or ([] if data else _read_questions(questions))
     toolbox = _toolbox(tools, search_folder, max_tool_calls, run_code_without_sandbox)
     loaded = RecursiveSystem.from_pretrained(
         system,
@@ -139,6 +162,7 @@ def run(
         "sampling": sampling,
         "tools": toolbox,
         "tools_after": tools_after,
+        "on_long_question": on_long_question,
     }
     if recorded:
         options |= _recorded_options(recorded, until)
@@ -150,19 +174,15 @@ def run(
         return
     if not recorded:
         options["intervene"] = intervene
-    with progress_bar() as bar:
-        task = bar.add_task("answering", total=len(asked), note="")
-        results = loaded.run(
-            asked,
-            **options,
-            trace="full" if trace else "summary",
-            trace_dir=trace,
-            batch_size=batch_size,
-            seed=seed,
-            num_samples=samples,
-            writer=VLLMServer(vllm) if vllm else None,
-            progress=lambda done, total: bar.update(task, completed=done),
-        )
+    options |= {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens, "num_samples": samples}
+    options["writer"] = VLLMServer(vllm) if vllm else None
+    if data is not None and output is not None:
+        columns = {"question": question_column, "id": id_column}
+        _answer_file(loaded, data, output, columns, overwrite, options, as_json=as_json)
+        return
+    with counting("answering") as show:
+        options |= {"trace": "full" if trace else "summary", "trace_dir": trace, "seed": seed}
+        results = loaded.run(asked, **options, progress=show)
     if as_json:
         print_json([_record(question, result) for question, result in zip(asked, results, strict=True)])
         return
@@ -171,6 +191,46 @@ def run(
     _tell_usage([result.usage for result in results])
     if trace is not None:
         err.print(f"trace written to {trace}")
+
+
+def _check_file(
+    data: Path | None, output: Path | None, questions: list[str] | None, trace: Path | None, replay: Path | None
+) -> None:
+    """Refuse what does not go together with a file of questions."""
+    if data is None:
+        if output is not None:
+            raise InputError("--out is where the answers to a file of questions go: give --data FILE.jsonl too")
+        return
+    if output is None:
+        raise InputError("say where the answers to --data go: --out FILE.jsonl")
+    for name, given in (("questions", questions), ("--trace", trace), ("--replay", replay)):
+        if given is not None:
+            raise InputError(f"with --data the questions come from a file and no trace is kept: leave out {name}")
+
+
+def _answer_file(
+    system: Any,
+    data: Path,
+    output: Path,
+    columns: dict[str, Any],
+    overwrite: bool,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Answer a file of questions into another, and tell how far it has come."""
+    from recursivemas.bulk import Columns, answer_file
+
+    try:
+        with counting("answering") as show:
+            total = answer_file(
+                system, data, output, columns=Columns(**columns), overwrite=overwrite, progress=show, **options
+            )
+    except KeyboardInterrupt:
+        raise KeptInterrupt from None
+    if as_json:
+        print_json({"questions": total, "answers": str(output)})
+    err.print(f"[dim]{total} answers written to {output}[/dim]", highlight=False)
 
 
 def _toolbox(names: str | None, search_folder: Path | None, max_calls: int, without_sandbox: bool) -> Any:

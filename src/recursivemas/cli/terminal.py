@@ -9,8 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -24,6 +27,9 @@ out = Console(soft_wrap=True)
 """For results."""
 err = Console(stderr=True, soft_wrap=True)
 """For progress and complaints."""
+
+SECONDS_PER_LINE = 30.0
+"""How often progress is told where there is no terminal for a bar."""
 
 SystemArgument = Annotated[
     str, typer.Argument(metavar="SYSTEM", help="A bundled system (ward), a directory, or a Hugging Face repository.")
@@ -52,6 +58,10 @@ TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens tha
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
+class KeptInterrupt(KeyboardInterrupt):
+    """Ctrl-C in what keeps its work, though the verb as such does not."""
+
+
 def reported(command: Command) -> Command:
     """Turn errors of a command into one line on stderr and an exit code."""
 
@@ -61,10 +71,11 @@ def reported(command: Command) -> Command:
             quiet_libraries()
             command(*args, **kwargs)
             sys.stdout.flush()
-        except KeyboardInterrupt:
-            # What `run`, `inspect` and `pattern` tell is on the terminal or nowhere, `import` and `export` write all or
-            # nothing; every other verb finds what it has done.
+        except KeyboardInterrupt as interrupt:
+            # What `run` (but for a file), `inspect` and `pattern` tell is on the terminal or nowhere, `import` and
+            # `export` write all or nothing; every other verb finds what it has done.
             is_kept = command.__name__ not in ("run", "links", "import_", "export", "check", "show")
+            is_kept = is_kept or isinstance(interrupt, KeptInterrupt)
             kept = "; what is done is kept, and the same command goes on from there" if is_kept else ""
             if not _is_told_by_another():
                 complain(f"interrupted{kept}")
@@ -142,6 +153,32 @@ def progress_bar(*, is_shown: bool = True) -> Progress:
         disable=not (is_shown and err.is_terminal),
         transient=True,
     )
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show on stderr how many are done, how many a second, and how long it will take: in a bar, or in a line at times.
+
+    Gives a function that is told how many are done, of how many; the first time, how many were done before.
+    """
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=None, note="")
+        first: tuple[int, float] | None = None
+        last_line = time.monotonic()
+
+        def show(done: int, total: int) -> None:
+            nonlocal first, last_line
+            now = time.monotonic()
+            if first is None:
+                first = done, now
+            rate = (done - first[0]) / max(now - first[1], 1e-9)
+            bar.update(task, completed=done, total=total, note=f"{rate:.3g} a second")
+            if not err.is_terminal and rate and now - last_line >= SECONDS_PER_LINE:
+                left = timedelta(seconds=round((total - done) / rate))
+                err.print(f"{what}: {done} of {total}, {rate:.3g} a second, {left} left", highlight=False)
+                last_line = now
+
+        yield show
 
 
 def numbers(text: str, what: str) -> list[int]:

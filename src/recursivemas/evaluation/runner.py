@@ -18,9 +18,7 @@ come; a run that was stopped goes on where it was. Knows systems from outside on
 """
 
 import hashlib
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +31,7 @@ from recursivemas.decoding import SamplingParams
 from recursivemas.errors import ConfigError, OutputError, unknown_name
 from recursivemas.evaluation.metrics import mean, paired_difference
 from recursivemas.evaluation.task import Sample, Task
+from recursivemas.journal import Journal
 from recursivemas.system import RecursiveSystem
 
 CONTROLS = ("none", "zero", "shuffled", "random-link", "no-tools")
@@ -284,7 +283,7 @@ def evaluate(
         log.settings["tools"] = {"names": list(task.toolbox.tools), "allow_repeats": limits.allow_repeats}
     identity = {**log.settings, "system": log.system, "task": task.name, "seed": seed, "n": len(task.samples)}
     identity["hash"] = _hash_of(task, system, *others.values())
-    written = _Journal(journal, identity)
+    written = _Answers(journal, identity)
     arms = [
         Arm(f"vote:{written.votes() or _votes_in_time(runner_of, arms, task)}", 1) if arm.name == "vote" else arm
         for arm in arms
@@ -434,60 +433,24 @@ def _hash_of(task: Task, *systems: RecursiveSystem) -> str:
     for sample in task.samples:
         digest.update(f"{sample.id}\0{sample.question}\0{sample.target}\0".encode())
     for system in systems:
-        _add_to(digest, system)
+        system.hash_into(digest)
     return digest.hexdigest()
 
 
-def _add_to(digest: "hashlib._Hash", system: RecursiveSystem) -> None:
-    for part in (system.settings, system.pattern, system.prompts):
-        digest.update(part.model_dump_json().encode())
-    for role, agent in sorted(system.agents.items()):
-        model = agent.model
-        digest.update(f"{role}\0{model.source}\0{model.revision}\0".encode())
-        digest.update(b"" if model.source else model.fingerprint().encode())
-    for name, link in sorted(system.all_links.items()):
-        digest.update(name.encode())
-        for tensor in link.state_dict().values():
-            digest.update(tensor.detach().cpu().numpy().tobytes())
-
-
-class _Journal:
-    """Answers on disk, one a line, behind a first line that says what run they belong to."""
+class _Answers:
+    """Answers of an earlier run and of this one, by arm and question; on disk, if there is a file for them."""
 
     def __init__(self, file: Path | None, identity: dict[str, Any]) -> None:
-        self._file = file
+        self._journal = None if file is None else Journal(file, identity, "an evaluation")
         self._known: dict[tuple[str, str], Answer] = {}
-        if file is None:
-            return
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.exists():
-                self._read(file, identity)
-            else:
-                file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write to {file}: {error.strerror}") from None
-
-    def _read(self, file: Path, identity: dict[str, Any]) -> None:
-        """Take over the answers of an earlier run; a last line that was cut by a kill is dropped."""
-        try:
-            first, *lines = file.read_text(encoding="utf-8").split("\n")
-            if not lines and json.dumps(identity).startswith(first):
-                # Stopped while the first line was written: there is nothing to take over.
-                file.write_text(json.dumps(identity) + "\n", encoding="utf-8")
-                return
-            found = json.loads(first)
-            records = [json.loads(line) for line in lines[:-1]]
-            answers = [(record.pop("arm"), Answer(**record)) for record in records]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise OutputError(f"{file} is not the record of an evaluation; choose another place with --out") from None
-        if found != json.loads(json.dumps(identity)):
-            raise OutputError(
-                f"{file} belongs to an evaluation with other settings; choose another place with --out, or remove it"
-            )
-        self._known = {(arm, answer.id): answer for arm, answer in answers}
-        if lines[-1]:
-            os.truncate(file, file.stat().st_size - len(lines[-1].encode()))
+        for _, record in self._journal.records() if self._journal is not None else ():
+            try:
+                arm, answer = record.pop("arm"), Answer(**record)
+            except (KeyError, TypeError):
+                raise OutputError(
+                    f"{file} is not the record of an evaluation; choose another place with --out"
+                ) from None
+            self._known[arm, answer.id] = answer
 
     def votes(self) -> int | None:
         """How many samples voted in the run that is gone on with, if any did."""
@@ -500,14 +463,9 @@ class _Journal:
         return None if None in found else [answer for answer in found if answer is not None]
 
     def append(self, arm: Arm, answers: Sequence[Answer]) -> None:
-        if self._file is None:
-            return
-        lines = [json.dumps({"arm": str(arm), **asdict(answer)}) + "\n" for answer in answers]
-        try:
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write("".join(lines))
-        except OSError as error:
-            raise OutputError(f"cannot write to {self._file}: {error.strerror}; what was written is kept") from None
+        """Keep some answers."""
+        if self._journal is not None:
+            self._journal.append([{"arm": str(arm), **asdict(answer)} for answer in answers])
 
 
 def _mean_of(answers: Sequence[Answer], name: str) -> float:

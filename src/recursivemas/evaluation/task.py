@@ -4,8 +4,9 @@ Knows nothing of systems; a task is the same whoever answers.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +64,9 @@ def load_samples(
 
     Raises `InputError` with the line number for whatever cannot be used.
     """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"there is no file {file}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file} as text: {error}") from None
     samples: list[Sample] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if limit is not None and len(samples) == limit:
-            break
-        samples.append(_parse(line, f"{file}, line {number}", number, question, target, id))
+    for number, row in islice(read_rows(file), limit):
+        samples.append(_sample(row, f"{file}, line {number}", number, question, target, id))
     if not samples:
         raise InputError(f"{file} holds no samples; expected one JSON object a line")
     repeated = len(samples) - len({sample.id for sample in samples})
@@ -84,21 +75,49 @@ def load_samples(
     return samples
 
 
-def _parse(line: str, where: str, number: int, question: str, target: str, id: str | None) -> Sample:
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file, one by one, with their line numbers. Raises `InputError`."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _parse(line, f"{file}, line {number}")
+    except FileNotFoundError:
+        raise InputError(f"there is no file {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file} as text: {error}") from None
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg})") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    for column, option in ((question, "--question-column"), (target, "--target-column"), (id, "--id-column")):
-        if column is not None and column not in row:
-            raise InputError(f"{where}: {unknown_name('column', column, row)}; say which one it is with {option}")
-    if not isinstance(row[question], str) or not row[question].strip():
-        raise InputError(f"{where}: the question in column '{question}' is empty or not text")
-    if row[target] is None or isinstance(row[target], (dict, list)):
+    return row
+
+
+def find_question(row: Mapping[str, Any], where: str, column: str) -> str:
+    """The question of a row. Raises `InputError` if there is none."""
+    found = find_cell(row, where, column, "--question-column")
+    if not isinstance(found, str) or not found.strip():
+        raise InputError(f"{where}: the question in column '{column}' is empty or not text")
+    return found
+
+
+def find_cell(row: Mapping[str, Any], where: str, column: str, option: str) -> Any:
+    """What a row has in a column. Raises `InputError`, with the option that names the column, if it has none."""
+    if column not in row:
+        raise InputError(f"{where}: {unknown_name('column', column, row)}; say which one it is with {option}")
+    return row[column]
+
+
+def _sample(row: dict[str, Any], where: str, number: int, question: str, target: str, id: str | None) -> Sample:
+    asked = find_question(row, where, question)
+    answer = find_cell(row, where, target, "--target-column")
+    name = str(number) if id is None else str(find_cell(row, where, id, "--id-column"))
+    if answer is None or isinstance(answer, (dict, list)):
         raise InputError(f"{where}: the target in column '{target}' must be text or a number")
-    others = {name: value for name, value in row.items() if name not in (question, target)}
-    return Sample(
-        id=str(row[id]) if id else str(number), question=row[question], target=str(row[target]), metadata=others
-    )
+    others = {column: value for column, value in row.items() if column not in (question, target)}
+    return Sample(id=name, question=asked, target=str(answer), metadata=others)
