@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tests.conftest import make_model
 from tests.families.reference import assert_same
 from torch import Tensor, nn
@@ -118,6 +119,24 @@ def test_weights_that_wait_are_those_that_were_read(models: dict[str, LanguageMo
     assert [model.fingerprint() for model in models.values()] == before
 
 
+def test_weights_offloaded_layer_by_layer_compute_the_same(
+    make_system: MakeSystem, questions: list[str], models: dict[str, LanguageModel]
+) -> None:
+    # What a device_map with "cpu" in it does: every layer has its weights while it is called.
+    expected = make_system(agents=models).run(questions, trace="full")
+    offloaded = make_model("llama", 1)
+    cpu_offload(offloaded.network, execution_device=torch.device("cpu"))
+    assert all(each.is_meta for each in offloaded.network.parameters())
+    assert offloaded.device == torch.device("cpu")
+    system = make_system(agents={**models, "critic": offloaded})
+    for found, one in zip(system.run(questions, trace="full"), expected, strict=True):
+        assert_same(found, one)
+    with pytest.warns(CompileWarning, match="offloaded"):
+        offloaded.compile()
+    with pytest.raises(ConfigError, match="take turns on one device, but the weights of 'llama' are on cpu, meta"):
+        offloaded.take_turns(Turns())
+
+
 def test_a_device_without_room_keeps_nobody(models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(Strict):
         def _on_device(self, waiting: Tensor) -> Tensor:
@@ -140,7 +159,7 @@ def test_what_cannot_take_turns_is_refused(make_system: MakeSystem, models: dict
     system = make_system(agents=models, residency="one")
     spread = make_model("llama", 1)
     spread.network.model.norm.to("meta")
-    with pytest.raises(ConfigError, match=r"but with 'llama' it would be several \(cpu, meta\)"):
+    with pytest.raises(ConfigError, match="the weights of 'llama' are on cpu, meta; give all of them the same"):
         spread.take_turns(residency.Turns())
     planner = models["planner"]
     embeds = planner.embed(torch.tensor([[5]])).requires_grad_(True)

@@ -286,7 +286,10 @@ class LanguageModel:
         """Where it computes: where its input embeddings are, or take turns."""
         if self.turns is not None:
             return self.turns.device
-        return self.network.get_input_embeddings().weight.device
+        table = self.network.get_input_embeddings()
+        if table.weight.is_meta and hasattr(table, "_hf_hook"):  # offloaded by accelerate, which brings it when called
+            return torch.device(table._hf_hook.execution_device)
+        return table.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -431,7 +434,7 @@ class LanguageModel:
     def _look_up(self, token_ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden_size"]:
         """Input embeddings from wherever the table is now, on the device where it computes."""
         table = self.network.get_input_embeddings()
-        embeds: Tensor = table(token_ids.to(table.weight.device))
+        embeds: Tensor = table(token_ids.to(self.device if table.weight.is_meta else table.weight.device))
         return embeds.to(self.device)
 
     def new_cache(self, batch_size: int) -> LatentCache:
@@ -461,8 +464,9 @@ class LanguageModel:
             return f"its weights are held in fewer bits ({self.quantization}), by code that is not compiled"
         if self.turns is not None:
             return "its weights take turns on the device (residency 'one'), and a compiled step has them in one place"
-        if len({each.device for each in self.network.parameters()}) > 1:
-            return "it is spread over several devices"
+        devices = {each.device for each in self.network.parameters()}
+        if len(devices) > 1 or torch.device("meta") in devices:
+            return "it is spread over several devices, or offloaded from one (device_map)"
         if "flash" in str(self.config._attn_implementation):
             return "flash attention leaves out masked positions, whose number changes; choose attn_implementation sdpa"
         return None

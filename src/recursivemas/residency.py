@@ -38,11 +38,12 @@ class Turns:
         """Take in a network, which leaves the device that it is on. Raises `ConfigError` if that is another one."""
         tensors = list({id(each): each for each in (*network.parameters(), *network.buffers())}.values())
         devices = {each.device for each in tensors}
-        if len(devices) > 1 or not devices <= {self._device or next(iter(devices))}:
-            several = ", ".join(sorted(str(each) for each in devices | {self._device} - {None}))
+        where = self._device or next(iter(devices))
+        if devices != {where} or where.type == "meta":
             raise ConfigError(
-                f"agents with residency 'one' take turns on one device, but with '{name}' it would be several "
-                f"({several}); give all of them the same device, and no device_map"
+                f"agents with residency 'one' take turns on {self._device or 'one device'}, but the weights of "
+                f"'{name}' are on {', '.join(sorted(map(str, devices)))}; give all of them the same device, and no "
+                "device_map"
             )
         self._device = devices.pop()
         self._waiting[id(network)] = [(each, self._at_rest(each.data)) for each in tensors]
