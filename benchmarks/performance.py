@@ -1,6 +1,6 @@
 """Measures everything that docs/performance.md reports, one thing after the other, and writes its tables.
 
-    python benchmarks/performance.py                  all of it, ten minutes on two cores; let nothing else run
+    python benchmarks/performance.py                  all of it, about ten minutes on two cores; let nothing else run
     python benchmarks/performance.py replay ward      only some of it; the tables of the others stay as they are
     python benchmarks/performance.py --only write     write the tables anew from what is there
 
@@ -93,8 +93,8 @@ JOBS = [
     ),
     Job(
         "ward",
-        "recursivemas bench ward --only latent-step,generate,rounds,batch,prefixes --repeats 5 --out OUT",
-        {f"ward {name}": name for name in ("latent-step", "generate", "rounds", "batch", "prefixes")},
+        "recursivemas bench ward --only latent-step,generate,rounds,prefixes --repeats 5 --out OUT",
+        {f"ward {name}": name for name in ("latent-step", "generate", "rounds", "prefixes")},
     ),
     Job(
         "replay",

@@ -57,6 +57,29 @@ def test_steps_in_pieces_equal_one_reading_without_a_cache(model: LanguageModel,
     assert cache.num_positions.tolist() == [length, length]
 
 
+def test_a_mask_goes_along_where_it_hides_something(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Tensor | None] = []
+    forward = model.decoder.forward
+
+    def seen(*args: object, attention_mask: Tensor | None = None, **kwargs: object) -> object:
+        masks.append(attention_mask)
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(model.decoder, "forward", seen)
+    (short, _), (long, _) = read(model, draw(model, 2, 3)), read(model, draw(model, 2, 5))
+    assert not short.is_padded
+    merged = LatentCache.merge([short, long])
+    assert merged.is_padded
+    model.step(merged, draw(model, 4, 1))
+    only_long = merged.select(torch.tensor([2, 3]))
+    assert not only_long.is_padded
+    model.step(only_long, draw(model, 2, 1))
+    model.step(only_long.fork(), draw(model, 2, 2))
+    model.step(merged.fork(), draw(model, 4, 2))
+    assert [mask is not None for mask in masks] == [False, False, True, False, False, True]
+    assert [mask.shape for mask in masks if mask is not None] == [(4, 6), (4, 8)]
+
+
 def test_a_fork_goes_on_alone(model: LanguageModel) -> None:
     start, one, other = draw(model, 2, 10), draw(model, 2, 5, seed=1), draw(model, 2, 3, seed=2)
     cache, _ = read(model, start)

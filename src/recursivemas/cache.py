@@ -103,6 +103,23 @@ class LatentCache:
         self.past_key_values = past_key_values
         self.attention_mask = attention_mask
 
+    @property
+    def attention_mask(self) -> Int[Tensor, "batch position"]:
+        """Which positions are real."""
+        return self._attention_mask
+
+    @attention_mask.setter
+    def attention_mask(self, mask: Int[Tensor, "batch position"]) -> None:
+        self._attention_mask = mask
+        self._is_padded: bool | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some row begins with masked positions. It is looked up once: on a GPU that means to wait for it."""
+        if self._is_padded is None:
+            self._is_padded = not bool(self._attention_mask.all())
+        return self._is_padded
+
     @classmethod
     def new(cls, config: PretrainedConfig, batch_size: int, device: torch.device) -> "LatentCache":
         """An empty cache for `batch_size` rows of a model with this (text) configuration.
@@ -161,16 +178,28 @@ class LatentCache:
         A mask with zeros is only possible in a cache that is still empty, where the zeros stand on the left;
         anything else would be padding in the middle. Returns the last hidden states, after the final norm.
         """
+        batch_size, length = inputs_embeds.shape[:2]
+        is_padded = self.is_padded
         if attention_mask is None:
-            attention_mask = self.attention_mask.new_ones(inputs_embeds.shape[:2])
-        elif len(self) and not bool(attention_mask.all()):
-            raise ValueError("padding in the middle of a row: feed rows of equal length together and merge the caches")
-        self.attention_mask = torch.cat([self.attention_mask, attention_mask], dim=1)
-        positions = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+            attention_mask = self.attention_mask.new_ones(batch_size, length)
+        elif not bool(attention_mask.all()):
+            if len(self):
+                raise ValueError(
+                    "padding in the middle of a row: feed rows of equal length together and merge the caches"
+                )
+            is_padded = True
+        start = len(self)
+        mask = torch.cat([self.attention_mask, attention_mask], dim=1)
+        self._attention_mask, self._is_padded = mask, is_padded
+        if is_padded:
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:].contiguous()
+        else:
+            positions = torch.arange(start, start + length, device=mask.device).unsqueeze(0)
         output = decoder(
             inputs_embeds=inputs_embeds,
-            attention_mask=self.attention_mask,
-            position_ids=positions.contiguous(),
+            # Of a mask that hides nothing, a model would find that out at every step.
+            attention_mask=mask if is_padded else None,
+            position_ids=positions,
             past_key_values=self.past_key_values,
             use_cache=True,
         )
@@ -226,7 +255,9 @@ class LatentCache:
     def _map(self, change: Callable[[Any], Any]) -> "LatentCache":
         past_key_values = copy.copy(self.past_key_values)
         past_key_values.layers = [change(copy.copy(layer)) for layer in self.past_key_values.layers]
-        return LatentCache(past_key_values, self.attention_mask)
+        mapped = LatentCache(past_key_values, self.attention_mask)
+        mapped._is_padded = self._is_padded
+        return mapped
 
 
 def _padded_left(

@@ -100,7 +100,7 @@ def sweep(
                     "channel": channel,
                     label: size,
                     "a question": seconds.milliseconds(len(case.questions)),
-                    "of the row before": "–" if before is None else seconds.over(before),
+                    "run / row before": "–" if before is None else seconds.over(before),
                     "positions": positions[0],
                     "by the formula": case.expected,
                     "questions a second": seconds.rate(len(case.questions)),

@@ -67,7 +67,7 @@ class Section:
     def caption(self) -> str:
         """What stands below the table: how the figures were taken, and the note."""
         if not self._counts or max(self._counts) == 1:
-            return f"{'n = 1. ' if self._counts else ''}{self.note}"
+            return f"{'n = 1. ' if self._counts else ''}{self.note}".strip()
         several = "" if len(self._counts) > 1 else f" of {max(self._counts)} repeats"
         return f"Medians{several}; ± is half the distance between the quartiles. {self.note}".strip()
 

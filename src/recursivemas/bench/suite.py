@@ -210,7 +210,7 @@ class Suite:
         return self._sweep("rounds", "Rounds", "rounds", cases, rounds_goal)
 
     def _latent_steps(self) -> Section | None:
-        sizes = self._effort.some([4, 8, 16, 32, 64])
+        sizes = self._effort.some([4, 16, 32, 64])
         cases = {m: self._case(BATCH_SIZE, Load(1, m, message_tokens=m)) for m in sizes}
         return self._sweep(
             "latent-steps", "Latent steps, or tokens of a message in text", "m", cases, latent_steps_goal
@@ -227,7 +227,7 @@ class Suite:
         return self._sweep("agents", title, "agents", cases)
 
     def _batch(self) -> Section | None:
-        cases = {size: self._case(size, Load(1)) for size in self._effort.some([1, 8, 16, 64])}
+        cases = {size: self._case(size, Load(1)) for size in self._effort.some([1, 8, 64])}
         return self._sweep("batch", "Questions in a batch", "batch", cases)
 
     def _prefixes(self) -> Section | None:
