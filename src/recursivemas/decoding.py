@@ -171,8 +171,9 @@ class _Writing:
                 yield taken
                 self._step(tokens)
             if self._waiting and self._tools is not None:
-                for row, token_ids in self._tools.ready(wait=not self._active):
-                    self._resume(row, token_ids)
+                come = self._tools.ready(wait=not self._active)
+                self._resume(come)
+                for row, token_ids in come:
                     yield [(row, token) for token in token_ids]
 
     def ends(self) -> tuple[LatentCache, Float[Tensor, "batch hidden_size"]]:
@@ -249,16 +250,26 @@ class _Writing:
         inputs_embeds = self._model.embed(torch.tensor(tokens)).unsqueeze(1)
         self._state = self._model.step(self._cache, inputs_embeds)[:, -1]
 
-    def _resume(self, row: int, token_ids: Sequence[int]) -> None:
-        """Read what has come for a row, all at once, and take it into the batch again."""
-        cache, last = self._waiting.pop(row)
-        state = self._model.step(cache, self._model.embed(torch.tensor([[last, *token_ids]])))[:, -1]
-        self._texts[row].extend(token_ids)
-        if self._rows:
-            cache, state = LatentCache.merge([self._cache.fork(), cache]), torch.cat([self._state, state])
-        self._cache, self._state = self._model.with_room(cache), state
-        self._rows.append(row)
-        self._active.add(row)
+    def _resume(self, come: Sequence[tuple[int, list[int]]]) -> None:
+        """Read what has come for some rows, each text at once, and take them into the batch again.
+
+        Texts of one length are read together, so that many short ones cost little more than one.
+        """
+        caches, states = ([self._cache.fork()], [self._state]) if self._rows else ([], [])
+        for length in sorted({len(token_ids) for _, token_ids in come}):
+            part = [(row, token_ids) for row, token_ids in come if len(token_ids) == length]
+            waited = [self._waiting.pop(row) for row, _ in part]
+            read = [[last, *token_ids] for (_, last), (_, token_ids) in zip(waited, part, strict=True)]
+            cache = waited[0][0] if len(part) == 1 else LatentCache.merge([each for each, _ in waited])
+            states.append(self._model.step(cache, self._model.embed(torch.tensor(read)))[:, -1])
+            caches.append(cache)
+            for row, token_ids in part:
+                self._texts[row].extend(token_ids)
+                self._rows.append(row)
+                self._active.add(row)
+        if come:
+            cache = caches[0] if len(caches) == 1 else LatentCache.merge(caches)
+            self._cache, self._state = self._model.with_room(cache), torch.cat(states)
 
 
 def decode(

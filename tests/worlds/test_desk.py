@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from recursivemas.agents import Agent
+from recursivemas.cli.eval import world_task
 from recursivemas.errors import ConfigError
+from recursivemas.evaluation.runner import evaluate, plan_arms
 from recursivemas.evaluation.scorers import SCORERS
 from recursivemas.models import LanguageModel
 from recursivemas.patterns import Pattern
@@ -18,6 +20,7 @@ from recursivemas.sandbox import sandbox_problem
 from recursivemas.system import RecursiveSystem
 from recursivemas.tools.tags import results_in
 from recursivemas.training.data import RoleSample, encode_turns, unjudged_tokens
+from recursivemas.training.recipe import Recipe, WorldSettings
 from recursivemas.worlds import World, load_world
 from recursivemas.worlds.desk import Desk, curriculum, programs, searches
 from recursivemas.worlds.desk.cases import (
@@ -41,6 +44,7 @@ from recursivemas.worlds.desk.cases import (
     write_note,
 )
 from recursivemas.worlds.desk.desk_tools import RecordSearch, toolbox
+from recursivemas.worlds.material import material_of
 from recursivemas.worlds.pretraining import reply_loss
 
 SPLITS = ("train", "validation", "test")
@@ -471,3 +475,87 @@ def test_a_sum_is_run_once(desk: Desk) -> None:
     python.sandbox.run = lambda program: runs.append(program)  # type: ignore[attr-defined]
     assert python("47*37") == "1739"
     assert not runs
+
+
+# --- the shipped system -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped() -> RecursiveSystem:
+    return RecursiveSystem.from_pretrained("desk")
+
+
+@pytest.fixture(scope="module")
+def asked(desk: Desk) -> list[str]:
+    return [sample.question for sample in desk.samples("validation", 24, 7)]
+
+
+@needs_sandbox
+def test_none_is_no_latents_is_the_toolcaller_alone(desk: Desk, shipped: RecursiveSystem, asked: list[str]) -> None:
+    tools = desk.toolbox()
+    none = shipped.run(asked, channel="none", tools=tools, num_rounds=1)
+    assert all(result.text for result in none)
+    for others in (
+        shipped.run(asked, channel="none", tools=tools, num_rounds=2),
+        shipped.run(asked, num_latent_steps=0, tools=tools),
+        shipped.solo().run(asked, tools=tools),
+    ):
+        assert [result.text for result in others] == [result.text for result in none]
+    assert any("search" in result.text for result in none)
+
+
+@needs_sandbox
+def test_calls_of_the_shipped_system_are_answered_truly(desk: Desk, shipped: RecursiveSystem, asked: list[str]) -> None:
+    results = shipped.run(asked, tools=desk.toolbox())
+    assert [shipped.run(each, tools=desk.toolbox()).text for each in asked[:4]] == [r.text for r in results[:4]]
+    right = 0
+    for question, result in zip(asked, results, strict=True):
+        search = RecordSearch(desk.cases).for_question(question)
+        assert 1 <= len(result.trace.calls) <= 4
+        for call in result.trace.calls:
+            if call.tool == "search":
+                assert call.result == search(call.argument)
+            else:
+                assert call.result == str(eval(call.argument))
+                right += result.text.endswith(f"answer {call.result}.")
+        found = any(call.result != "none" for call in result.trace.calls)
+        assert found != result.text.endswith("answer unknown.")
+    assert right > len(asked) / 3
+
+
+@needs_sandbox
+def test_an_evaluation_gives_every_question_its_tools(shipped: RecursiveSystem) -> None:
+    task = world_task(shipped, "desk", split="validation", n=40, seed=0)
+    log = evaluate(shipped, task, plan_arms(["latent", "solo:reflector", "no-tools", "none", "solo"], [2], []))
+    arms = {arm["arm"]: arm for arm in log.to_dict()["arms"]}
+    assert arms["latent"]["accuracy"] > 0.4
+    assert arms["no-tools"]["accuracy"] < 0.1
+    assert arms["solo:reflector"]["accuracy"] < 0.1
+    assert arms["none"]["accuracy"] == arms["solo"]["accuracy"]
+    measures = {name: each["mean"] for name, each in arms["latent"]["measures"].items()}
+    assert measures["found within 1"] <= measures["found within 2"] <= measures["found within 3"]
+    assert measures["searches"] >= measures["wrong searches"] >= measures["repeated searches"]
+    # A search that is not told its result goes on all the same, and knows nothing.
+    texts = [answer.text for arm, answers in log.answers.items() if arm.name == "no-tools" for answer in answers]
+    assert not any("<result>" in text for text in texts)
+    assert log.settings["tools"] == {"names": ["search", "python"], "allow_repeats": True}
+    banned = world_task(shipped, "desk", split="validation", n=40, seed=0, allow_repeats=False)
+    assert banned.toolbox is not None
+    assert not banned.toolbox.limits.allow_repeats
+
+
+def test_tools_cannot_be_taken_from_who_has_none(shipped: RecursiveSystem, desk: Desk) -> None:
+    task = world_task(shipped, "desk", split="validation", n=2, seed=0)
+    with pytest.raises(ConfigError, match="no-tools"):
+        evaluate(shipped, replace(task, toolbox=None), plan_arms(["no-tools"], [1], []))
+
+
+@needs_sandbox
+def test_training_is_judged_with_tools(desk: Desk, shipped: RecursiveSystem) -> None:
+    recipe = Recipe(system="desk", world=WorldSettings(name="desk"), output="unused")
+    material = material_of(recipe, Pattern.load("deliberation"))
+    questions = material.questions("validation", 30)
+    [sample, *_] = desk.samples("validation", 30, recipe.seed)
+    assert questions[0].answer == desk.answer_of(sample)
+    assert material.score is not None
+    assert material.score(shipped, questions) > 0.4

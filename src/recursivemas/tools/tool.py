@@ -30,6 +30,13 @@ class Tool(ABC):
     def __call__(self, argument: str) -> str:
         """What the tool says of the text between its tags. May be called from several threads at once."""
 
+    def answers_at_once(self, argument: str) -> bool:
+        """Whether it answers this from memory: then it is called where it stands, and not in a thread of its own.
+
+        Nothing could end it there, so it must neither wait for anything nor compute for long.
+        """
+        return False
+
     def for_question(self, question: str) -> "Tool":
         """The tool as it is while this question is answered: itself, unless there is more than one world to ask."""
         return self

@@ -182,6 +182,9 @@ class ToolSession:
             if refusal is not None:
                 each.began = time.monotonic()
                 self._answers.put((each, None, InputError(refusal)))
+            elif self._answers_at_once(each):
+                each.began = time.monotonic()
+                self._run(each)
             elif running < AT_ONCE:
                 running += 1
                 each.began = time.monotonic()
@@ -205,8 +208,17 @@ class ToolSession:
             return "this call has been made before; its result stands above"
         return None
 
+    def _answers_at_once(self, each: _Running) -> bool:
+        try:
+            return self._tool_of(each).answers_at_once(each.call.argument)
+        except Exception:  # whatever it does will be told when it is called
+            return False
+
+    def _tool_of(self, each: _Running) -> Tool:
+        return self._rows[each.row].tools[each.call.name]
+
     def _run(self, each: _Running) -> None:
-        tool = self._rows[each.row].tools[each.call.name]
+        tool = self._tool_of(each)
         try:
             self._answers.put((each, tool(each.call.argument), None))
         except BaseException as error:  # whatever a tool does, the reply goes on
