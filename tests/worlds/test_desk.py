@@ -525,7 +525,7 @@ def test_calls_of_the_shipped_system_are_answered_truly(desk: Desk, shipped: Rec
 
 @needs_sandbox
 def test_an_evaluation_gives_every_question_its_tools(shipped: RecursiveSystem) -> None:
-    task = world_task(shipped, "desk", split="validation", n=40, seed=0)
+    task = world_task(shipped, "desk", split="validation", n=16, seed=0)
     log = evaluate(shipped, task, plan_arms(["latent", "solo:reflector", "no-tools", "none", "solo"], [2], []))
     arms = {arm["arm"]: arm for arm in log.to_dict()["arms"]}
     assert arms["latent"]["accuracy"] > 0.4
@@ -539,7 +539,7 @@ def test_an_evaluation_gives_every_question_its_tools(shipped: RecursiveSystem) 
     texts = [answer.text for arm, answers in log.answers.items() if arm.name == "no-tools" for answer in answers]
     assert not any("<result>" in text for text in texts)
     assert log.settings["tools"] == {"names": ["search", "python"], "allow_repeats": True}
-    banned = world_task(shipped, "desk", split="validation", n=40, seed=0, allow_repeats=False)
+    banned = world_task(shipped, "desk", split="validation", n=16, seed=0, allow_repeats=False)
     assert banned.toolbox is not None
     assert not banned.toolbox.limits.allow_repeats
 
