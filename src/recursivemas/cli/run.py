@@ -163,6 +163,8 @@ def run(
         "tools": toolbox,
         "tools_after": tools_after,
         "on_long_question": on_long_question,
+        "batch_size": batch_size,
+        "max_batch_tokens": max_batch_tokens,
     }
     if recorded:
         options |= _recorded_options(recorded, until)
@@ -174,8 +176,7 @@ def run(
         return
     if not recorded:
         options["intervene"] = intervene
-    options |= {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens, "num_samples": samples}
-    options["writer"] = VLLMServer(vllm) if vllm else None
+    options |= {"num_samples": samples, "writer": VLLMServer(vllm) if vllm else None}
     if data is not None and output is not None:
         columns = {"question": question_column, "id": id_column}
         _answer_file(loaded, data, output, columns, overwrite, options, as_json=as_json)
