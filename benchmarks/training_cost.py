@@ -39,7 +39,7 @@ FLOPS_PER_SECOND = 4e14
 SEARCHED = {"lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3), "text": (2e-4, 5e-4, 1.5e-3)}
 """Learning rates that are tried on the validation split; recipes hold the best."""
 SEARCHED_IN = "ward"
-"""The world in which they are; its rates are taken in the others, too."""
+"""The world in which they are; the rates for one agent are taken in the others, too."""
 ARMS = {"links": "latent,none,shuffled", "text": "text,none", "untrained": "text,solo"}
 """What is asked of each method, with its controls; others stand alone."""
 
