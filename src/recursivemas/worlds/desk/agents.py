@@ -11,7 +11,7 @@ AGENT_RECIPES = {
         config=small_config("llama", 80),
         tokenizer="bpe",
         markers=ChatMarkers(user="[INST]", assistant="[/INST]", end="</s>"),
-        num_train_steps=1800,
+        num_train_steps=2600,
         lr=3e-3,
     ),
     "toolcaller": AgentRecipe(

@@ -49,11 +49,14 @@ Span = tuple[int, int]
 Kind = Literal["note", "key", "work", "alone", "list", "solo"]
 
 KINDS: dict[str, dict[Kind, float]] = {
-    "reflector": {"note": 0.82, "key": 0.12, "solo": 0.06},
+    "reflector": {"note": 0.66, "key": 0.3, "solo": 0.04},
     "toolcaller": {"note": 0.2, "work": 0.42, "alone": 0.06, "list": 0.32},
 }
 """Share of each kind of batch. `key` and `list` are drills; `work` is an answer with its calls, `alone` one without
 a note, and `solo` the answer of a reflector by itself."""
+
+LATER_SHARE = 0.65
+"""Share of the reflector's notes that are of the second round, in which it has a clue to turn."""
 
 MISSES = (0.35, 0.3, 0.2, 0.15)
 """Share of answers before which 0, 1, 2 searches fail, or all three: then the answer is `unknown`."""
@@ -170,7 +173,7 @@ def pretraining_turns(world: CaseWorld, rng: np.random.Generator, size: int, *, 
     if kind == "list":
         return _short_lists(world, rng, size)
     if kind == "key":
-        return _turned_clues(world, rng, size)
+        return _turned_clues(world, rng, 2 * size)
     cases, shown = _readable_cases(world, rng, size, role)
     if kind == "note":
         return _notes(world, rng, cases, shown, role)
@@ -192,7 +195,7 @@ def _readable_cases(world: CaseWorld, rng: np.random.Generator, size: int, role:
 def _notes(world: CaseWorld, rng: np.random.Generator, cases: Cases, shown: Ints, role: str) -> list[RoleSample]:
     """Notes to the other role, in any round in which there is something to say."""
     received, reply = (VARIANTS[place] for place in rng.integers(len(VARIANTS), size=2))
-    turn = ROLES.index(role) if role == "toolcaller" else 2 * int(rng.integers(NUM_ROUNDS))
+    turn = ROLES.index(role) if role == "toolcaller" else 2 * int(rng.random() < LATER_SHARE)
     notes = world.protocol(cases.values, received)
     samples = []
     for row in range(len(cases)):
@@ -295,7 +298,8 @@ def _short_lists(world: CaseWorld, rng: np.random.Generator, size: int) -> list[
 def _turned_clues(world: CaseWorld, rng: np.random.Generator, size: int) -> list[RoleSample]:
     """Drill of the reflector: the clue that turns and a type, without a case around them.
 
-    From whole cases alone a small model does not find out that a word's meaning turns with the type.
+    From whole cases alone a small model does not find out that a word's meaning turns with the type, and from too few
+    drills neither: it takes some 350 batches. They are short, so such a batch holds twice as many.
     """
     types, words, tasks = (
         rng.integers(most, size=size) for most in (len(TYPES), len(WORDS[TURNING]), len(WORDS[TASK]))
