@@ -71,10 +71,12 @@ def test_a_system_is_measured_with_its_own_agents(make_system: Callable[..., Rec
     assert text["by the formula"] == "–"  # what random letters are read as is not known beforehand
 
 
-def test_what_a_context_has_no_room_for_is_left_out(make_system: Callable[..., RecursiveSystem]) -> None:
+def test_what_a_context_has_no_room_for_is_left_out(
+    make_system: Callable[..., RecursiveSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
     system = make_system()
-    for agent in system.agents.values():
-        agent.model.config.max_position_embeddings = 100
+    for agent in system.agents.values():  # which other tests use, too
+        monkeypatch.setattr(agent.model.config, "max_position_embeddings", 100)
     assert not list(Suite(Subject.of(system), EFFORT).measure(["latent-step", "uncached", "rounds", "prefixes"]))
 
 

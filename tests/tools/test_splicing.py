@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recursivemas.agents import Agent
 from recursivemas.cache import LatentCache
-from recursivemas.decoding import Reply, SamplingParams, _choose, _seed_of, decode, decode_on, decode_steps
+from recursivemas.decoding import Reply, SamplingParams, _choose, decode, decode_on, decode_steps, seed_of
 from recursivemas.errors import ConfigError
 from recursivemas.links import RecursiveLink
 from recursivemas.models import LanguageModel
@@ -53,7 +53,7 @@ def by_a_plain_loop(
     model: LanguageModel, question: str, tool: Callable[[str], str], sampling: SamplingParams, max_calls: int = 5
 ) -> tuple[str, list[int], list[tuple[str, str]]]:
     """One question, no cache: everything is read anew for every token. Text, tokens, and calls with their results."""
-    generator = torch.Generator().manual_seed(_seed_of(sampling.seed, question))
+    generator = torch.Generator().manual_seed(seed_of(sampling.seed, question))
     prompt = model.encode(question)
     tokens: list[int] = []
     begin = num_generated = 0
