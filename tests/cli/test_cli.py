@@ -815,6 +815,7 @@ def test_ctrl_c_ends_every_verb_in_one_line_and_keeps_what_is_done(tmp_path: Pat
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heeding_ctrl_c,
     )
     deadline = time.monotonic() + 90
     while not (tmp_path / sign_of_life).exists() and time.monotonic() < deadline:
@@ -828,6 +829,11 @@ def test_ctrl_c_ends_every_verb_in_one_line_and_keeps_what_is_done(tmp_path: Pat
     assert ("the same command goes on from there" in last) == (verb != "run")
     assert "Traceback" not in complaint
     assert (tmp_path / sign_of_life).stat().st_size > 0
+
+
+def heeding_ctrl_c() -> None:
+    """As in a terminal: what a shell starts in the background ignores Ctrl-C, and so does all it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def small_files_only() -> None:
@@ -856,7 +862,14 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, saved: Path, verb: str) -
 
 def started(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command(*arguments), cwd=tmp_path, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=tmp_path,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heeding_ctrl_c,
+        **pipes,  # type: ignore[call-overload]
+    )
 
 
 @pytest.mark.slow
