@@ -536,7 +536,7 @@ def _inside(
             outcome = "" if value is None else "V" + repr(value)
     except SystemExit:
         raise
-    except BaseException as error:
+    except BaseException as error:  # whatever the program raises is its outcome
         trace = error.__traceback__
         error.__traceback__ = trace.tb_next if trace is not None else None  # without this function
         sys.excepthook(type(error), error, error.__traceback__)
