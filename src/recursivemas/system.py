@@ -8,6 +8,7 @@ Knows its parts; knows nothing of data sets, losses, schedules or servers.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack
@@ -15,7 +16,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from recursivemas.agents import Agent
 from recursivemas.answering import Answering, Event, Result, TextDelta
 from recursivemas.assembly import link_models, read_linked, write_parts
 from recursivemas.batches import as_questions, check_whole
@@ -24,7 +24,7 @@ from recursivemas.checkpoint import SystemSettings, atomic_directory, find_syste
 from recursivemas.config import parse
 from recursivemas.errors import CheckpointError, ConfigError, InputError, PatternError, unknown_name
 from recursivemas.interventions import Intervention
-from recursivemas.links import DEFAULT_DESIGN, RecursiveLink
+from recursivemas.links import DEFAULT_DESIGN
 from recursivemas.models import LanguageModel, load_models
 from recursivemas.parts import CALIBRATION_TEXT, Parts
 from recursivemas.patterns import Pattern
@@ -44,23 +44,10 @@ Progress = Callable[[int, int], None]
 class RecursiveSystem(Parts):
     """Frozen agents, a pattern, prompts, and the links between the agents."""
 
-    def __init__(
-        self,
-        agents: Mapping[str, Agent],
-        links: Mapping[str, RecursiveLink],
-        pattern: Pattern,
-        prompts: PromptSet,
-        settings: SystemSettings | None = None,
-        *,
-        training: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Put the parts together. `links` are the outer links by edge; inner links belong to the agents.
-
-        Raises `PatternError` or `CheckpointError` if a part is missing, unknown, or does not fit.
-        """
-        super().__init__(agents, links, pattern, prompts, settings, training=training)
+    @cached_property
+    def _recursion(self) -> Recursion:
         through_inner_link = self.through_inner_link
-        self._recursion = Recursion(self.agents, self.links, pattern, prompts, through_inner_link=through_inner_link)
+        return Recursion(self.agents, self.links, self.pattern, self.prompts, through_inner_link=through_inner_link)
 
     @property
     def _answering(self) -> Answering:
